@@ -1,0 +1,112 @@
+"""The parts that blocks are made of: normalisation, rotary angles, attention, the gated MLP."""
+
+import math
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama_vision.config import TextConfig
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation of the last axis, computed in float32.
+
+    Source: llama_models/llama3/model.py, RMSNorm: back to x's type *before* the weight.
+    """
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width], in x's type."""
+        wide = x.float()
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (wide * scale).type_as(x) * self.weight
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width]."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+@lru_cache(maxsize=8)
+def rotary_frequencies(config: TextConfig, device: torch.device) -> Tensor:
+    """Radians per position of each rotated pair: [d / 2], float32.
+
+    Wavelengths longer than the original context (over `low_freq_factor`) are stretched by `factor`,
+    those shorter than it (over `high_freq_factor`) stay, and the ones between are blended.
+
+    Source: llama_models/llama3/model.py, apply_scaling.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    scaling = config.rope_scaling
+    if scaling is not None:
+        turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        unstretched = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies *= (1 - unstretched) / scaling.factor + unstretched
+    return frequencies.to(device)
+
+
+def rotary_angles(config: TextConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position's angles: [B, S] -> two of [B, 1, S, d / 2], float32."""
+    frequencies = rotary_frequencies(config, positions.device)
+    angles = positions[:, None, :, None] * frequencies  # [B, 1, S, d / 2]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn queries or keys [B, H, S, d] by their positions' angles.
+
+    Element i is paired with i + d / 2: the checkpoint's q_proj and k_proj are permuted for that.
+    """
+    first, second = x.float().chunk(2, dim=-1)
+    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return rotated.type_as(x)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, S, heads · d] -> [B, heads, S, d]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[B, heads, S, d] -> [B, S, heads · d]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False):
+    """Scaled dot-product attention with grouped queries; keys and values are never repeated.
+
+    Args:
+        q: [B, H, S, d]; query heads h · H/K … (h + 1) · H/K - 1 share key/value head h.
+        k, v: [B, K, L, d].
+        mask: [B, 1, S, L], True where a row may look. A row that may look nowhere gives zeros.
+        causal: row s looks at keys 0 … s (S = L); no mask then.
+
+    Returns:
+        [B, H, S, d].
+    """
+    batch, heads, rows, width = q.shape
+    groups = k.shape[1]
+    if causal and rows > 1:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    # Without an order among the rows, the heads of a group are only more rows of the same head.
+    q = q.reshape(batch, groups, -1, width)  # [B, K, H/K · S, d]
+    if mask is not None and rows > 1:
+        mask = mask.repeat(1, 1, heads // groups, 1)  # [B, 1, H/K · S, L]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(batch, heads, rows, width)

@@ -1,0 +1,205 @@
+"""The tiled vision encoder: local blocks over all tiles, gated global blocks, tapped features.
+
+    pixels of the real tiles                    [N, t, 3, h, w]
+      patches -> + tile embedding -> class token -> + position embedding -> layernorm_pre
+      pad: each tile to a multiple of 8 tokens, the image to max_num_tiles tiles
+      local blocks ......... the inputs of a few of them are tapped
+      layernorm_post -> + tile embedding -> gated global blocks
+    features of the real tiles                  [N, t, P, E · (1 + taps)]
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama_vision.config import VisionConfig
+from llama_vision.layers import attend, merge_heads, split_heads
+
+TOKENS_MULTIPLE = 8
+"""Each tile's tokens are padded to a multiple of this.
+
+Source: llama_models/llama3/multimodal/encoder_utils.py, expand_num_tokens_to_mult8.
+"""
+
+
+class VisionEncoder(nn.Module):
+    """Images as tiles in, features of every token of every real tile out."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.config = config
+        width, patch = config.hidden_size, config.patch_size
+        self.patch_embedding = nn.Conv2d(config.num_channels, width, patch, patch, bias=False)
+        self.class_embedding = nn.Parameter(torch.empty(width))
+        self.gated_positional_embedding = PositionEmbedding(config)
+        self.pre_tile_positional_embedding = TileEmbedding(config)
+        self.post_tile_positional_embedding = TileEmbedding(config)
+        self.layernorm_pre = nn.LayerNorm(width, config.norm_eps)
+        self.layernorm_post = nn.LayerNorm(width, config.norm_eps)
+        self.transformer = Blocks(config, config.num_hidden_layers, gated=False)
+        self.global_transformer = Blocks(config, config.num_global_layers, gated=True)
+
+    def forward(self, pixels: Tensor, aspect_ids: Tensor) -> Tensor:
+        """Encode N images of the same number t of real tiles.
+
+        Args:
+            pixels: [N, t, 3, h, w], normalised.
+            aspect_ids: [N], from `VisionConfig.aspect_id`.
+
+        Returns:
+            [N, t, P, E · (1 + taps)]: the final features, then the tapped ones, interleaved
+            (feature e of tap i at E + e · taps + i).
+
+        Source: llama_models/llama3/multimodal/model.py, VisionEncoder.forward.
+        """
+        images, tiles = pixels.shape[:2]
+        x = self.patch_embedding(pixels.flatten(0, 1)).flatten(2).transpose(1, 2)
+        x = x.unflatten(0, (images, tiles))  # [N, t, P - 1, E]
+        # The slots of absent tiles hold black-as-zero pixels; without a bias their patches are zero.
+        x = F.pad(x, (0, 0, 0, 0, 0, self.config.max_num_tiles - tiles))  # [N, T, P - 1, E]
+        x = self.pre_tile_positional_embedding(x, aspect_ids)
+        class_tokens = self.class_embedding.expand(*x.shape[:2], 1, -1)
+        x = torch.cat([class_tokens, x], dim=2)  # [N, T, P, E]
+        x = self.layernorm_pre(self.gated_positional_embedding(x, aspect_ids))
+
+        tokens = x.shape[2]
+        x = F.pad(x, (0, 0, 0, -tokens % TOKENS_MULTIPLE))
+        order = real_tokens_first(tiles, tokens, x.shape[1], x.shape[2], x.device)
+        tile_of_token = order // x.shape[2]
+        real = tiles * tokens
+        x = x.flatten(1, 2)[:, order]  # [N, real tokens and then padding, E]
+
+        x, taps = self.transformer(x, real, self.config.intermediate_layers_indices)
+        x = self.layernorm_post(x)
+        x = self.post_tile_positional_embedding(x, aspect_ids, tile_of_token)
+        x, _ = self.global_transformer(x, real)
+        features = torch.cat([x[:, :real], *taps], dim=-1)
+        return features.unflatten(1, (tiles, tokens))
+
+
+def real_tokens_first(
+    tiles: int, tokens: int, tile_slots: int, token_slots: int, device: torch.device
+) -> Tensor:
+    """Order of the tile_slots · token_slots tokens that puts those of real tiles in front: [n]."""
+    slots = torch.arange(tile_slots * token_slots, device=device)
+    is_padding = (slots // token_slots >= tiles) | (slots % token_slots >= tokens)
+    return torch.argsort(is_padding, stable=True)
+
+
+class TileEmbedding(nn.Module):
+    """One gated vector per tile slot, from a table by aspect-ratio id."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.slots = config.max_num_tiles
+        self.embedding = nn.Embedding(len(config.grids) + 1, self.slots * config.hidden_size)
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor, aspect_ids: Tensor, tile_of_token: Tensor | None = None) -> Tensor:
+        """Add to each token its tile's vector: x [N, T, tokens, E], or [N, n, E] with tiles [n]."""
+        tiles = self.embedding(aspect_ids).unflatten(-1, (self.slots, -1))  # [N, T, E]
+        tiles = tiles[:, :, None] if tile_of_token is None else tiles[:, tile_of_token]
+        return x + tiles * self.gate.tanh()
+
+
+class PositionEmbedding(nn.Module):
+    """Where a patch is in its tile, blended by one gate with where it is in the whole image."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.slots, self.tokens = config.max_num_tiles, config.tokens_per_tile
+        self.embedding = nn.Parameter(torch.empty(self.tokens, config.hidden_size))
+        self.tile_embedding = nn.Embedding(
+            len(config.grids) + 1, self.slots * self.tokens * config.hidden_size
+        )
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor, aspect_ids: Tensor) -> Tensor:
+        """[N, T, P, E] -> [N, T, P, E]."""
+        gate = self.gate.tanh()
+        in_image = self.tile_embedding(aspect_ids).unflatten(-1, (self.slots, self.tokens, -1))
+        return x + self.embedding * (1 - gate) + in_image * gate
+
+
+class Blocks(nn.Module):
+    """A stack of blocks over one sequence: real tokens first, padding after."""
+
+    def __init__(self, config: VisionConfig, count: int, gated: bool):
+        super().__init__()
+        self.layers = nn.ModuleList(VisionBlock(config, gated) for _ in range(count))
+
+    def forward(
+        self, x: Tensor, real: int, taps: tuple[int, ...] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        """[N, n, E] -> the same, and the taps: none, or one [N, real, E · taps].
+
+        A tap is the *input* of its block; of the padding nothing is kept.
+        """
+        tapped = []
+        for index, block in enumerate(self.layers):
+            if index in taps:
+                tapped.append(x[:, :real].clone())
+            x = block(x, real)
+        return x, [torch.stack(tapped, dim=-1).flatten(2)] if tapped else []
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm attention and MLP; in global blocks both are scaled by tanh of a gate."""
+
+    def __init__(self, config: VisionConfig, gated: bool):
+        super().__init__()
+        width = config.hidden_size
+        self.self_attn = VisionAttention(width, config.attention_heads)
+        self.mlp = VisionMLP(width, config.intermediate_size)
+        self.input_layernorm = nn.LayerNorm(width, config.norm_eps)
+        self.post_attention_layernorm = nn.LayerNorm(width, config.norm_eps)
+        self.gate_attn = nn.Parameter(torch.zeros(1)) if gated else None
+        self.gate_ffn = nn.Parameter(torch.zeros(1)) if gated else None
+
+    def forward(self, x: Tensor, real: int) -> Tensor:
+        """[N, n, E] -> [N, n, E]."""
+        x = x + gated(self.self_attn(self.input_layernorm(x), real), self.gate_attn)
+        return x + gated(self.mlp(self.post_attention_layernorm(x)), self.gate_ffn)
+
+
+def gated(branch: Tensor, gate: Tensor | None) -> Tensor:
+    """A residual branch times tanh of its gate, where it has one."""
+    return branch if gate is None else branch * gate.tanh()
+
+
+class VisionAttention(nn.Module):
+    """Attention in which only padding is hidden, and only from padding."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width, bias=False)
+        self.o_proj = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, real: int) -> Tensor:
+        """[N, n, E] -> [N, n, E]; the first `real` tokens are real, the others padding.
+
+        The reference masks the pairs (padding, padding) and no others: real tokens do attend to
+        padding. With the real tokens in front, that is two attentions without any mask.
+
+        Source: llama_models/llama3/multimodal/encoder_utils.py, build_encoder_attention_mask.
+        """
+        q, k, v = (split_heads(p(x), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
+        from_real = attend(q[:, :, :real], k, v)
+        from_padding = attend(q[:, :, real:], k[:, :, :real], v[:, :, :real])
+        return self.o_proj(merge_heads(torch.cat([from_real, from_padding], dim=2)))
+
+
+class VisionMLP(nn.Module):
+    """Two linear layers around an exact GELU."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width]."""
+        return self.fc2(F.gelu(self.fc1(x)))

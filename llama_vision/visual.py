@@ -1,0 +1,150 @@
+"""Visual tokens: what the text can look at, where each token sits, and which text rows see which.
+
+An image reaches the decoder as tokens of its *real* tiles only. Tokens of one sample lie in one
+row, image after image, tile after tile, class token before patches.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+
+class Stretch(NamedTuple):
+    """Text rows `rows` of one sample that all see the same images, `images` (two half-open runs)."""
+
+    rows: slice
+    images: slice
+
+
+class Sight(NamedTuple):
+    """Text rows `rows` of one sample attend to the visual tokens `tokens` of that sample."""
+
+    rows: slice
+    tokens: slice
+
+    def shifted(self, by: int) -> "Sight":
+        """The same, with `by` more tokens in front."""
+        return Sight(self.rows, slice(self.tokens.start + by, self.tokens.stop + by))
+
+
+def find_stretches(token_ids: Sequence[int], image_token_id: int) -> list[Stretch]:
+    """Which images each text row of one sample sees.
+
+    A row sees an image from that image's token until the next group of images begins; image tokens
+    that follow each other directly form one group. Rows before the first image are in no stretch.
+
+    Source: llama_models/llama3/chat_format.py, create_vision_mask; what generated rows see is ours:
+    the same as the last row of the prompt.
+    """
+    stretches: list[Stretch] = []
+    places = [row for row, token in enumerate(token_ids) if token == image_token_id]
+    first_of_group = 0
+    for image, row in enumerate(places):
+        if image and places[image - 1] != row - 1:
+            first_of_group = image
+        end = places[image + 1] if image + 1 < len(places) else len(token_ids)
+        stretches.append(Stretch(slice(row, end), slice(first_of_group, image + 1)))
+    return stretches
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """The visual tokens of a batch, each sample's padded on the right to the longest.
+
+    Shapes: `features` [B, V, D], the projector's output; `image`, `tile`, `patch` [B, V], int64, say
+    where a token sits: number of the image in its sample, of the tile in its image (row-major), and
+    0 for the class token or 1 + row · patches_per_side + col. All three are -1 in the padding.
+    """
+
+    features: Tensor
+    image: Tensor
+    tile: Tensor
+    patch: Tensor
+    counts: list[list[int]]
+    """Tokens of each image of each sample. Kept on the host, so that slicing needs no transfer."""
+
+    @classmethod
+    def of_images(cls, images: Sequence[Sequence[Tensor]]) -> "VisualTokens":
+        """Lay out the features of each sample's images, each [tiles, P, D]; one at least."""
+        like = next(features for sample in images for features in sample)
+        nothing = like.new_zeros(0, like.shape[-1])
+        return cls(
+            pad_sequence(
+                [torch.cat([nothing, *(f.flatten(0, 1) for f in sample)]) for sample in images],
+                batch_first=True,
+            ),
+            *_places(images, like.device),
+            counts=[[f.shape[0] * f.shape[1] for f in sample] for sample in images],
+        )
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sample."""
+        return [sum(counts) for counts in self.counts]
+
+    @property
+    def valid(self) -> Tensor:
+        """True for tokens, False for padding: [B, V]."""
+        return self.image >= 0
+
+    def sights(self, sample: int, stretches: Sequence[Stretch]) -> list[Sight]:
+        """What the stretches of one sample see, as runs of tokens (empty where all were pruned)."""
+        ends = [0, *accumulate(self.counts[sample])]
+        return [Sight(s.rows, slice(ends[s.images.start], ends[s.images.stop])) for s in stretches]
+
+
+def _places(images: Sequence[Sequence[Tensor]], device: torch.device) -> list[Tensor]:
+    """`image`, `tile` and `patch` of `VisualTokens`."""
+    rows = []
+    for sample in images:
+        places = [
+            torch.cartesian_prod(torch.tensor([i]), torch.arange(tiles), torch.arange(tokens))
+            for i, (tiles, tokens, _) in enumerate(features.shape for features in sample)
+        ]
+        rows.append(torch.cat(places) if places else torch.zeros(0, 3, dtype=torch.int64))
+    return list(pad_sequence(rows, batch_first=True, padding_value=-1).to(device).unbind(-1))
+
+
+class Visibility:
+    """Which visual tokens each text row of a pass may read, for a whole batch.
+
+    Args:
+        sights: what the text rows of each sample see; the last one is what generated rows will see.
+        shape: B, S and V of the pass.
+    """
+
+    def __init__(self, sights: list[list[Sight]], shape: tuple[int, int, int], device: torch.device):
+        batch, rows, tokens = shape
+        self.remembered = [row[-1].tokens if row else slice(0, 0) for row in sights]
+        """The run of tokens, per sample, that rows after this pass can still read."""
+        self.sights = [[s for s in row if s.tokens.start < s.tokens.stop] for row in sights]
+        self.uniform = all(row == self.sights[0] for row in self.sights)
+        seen = torch.zeros(batch, rows, 1, dtype=torch.bool)
+        for sample, sample_sights in enumerate(self.sights):
+            for sight in sample_sights:
+                seen[sample, sight.rows] = True
+        self.seen = None if bool(seen.all()) else seen.to(device)
+        """[B, S, 1], False where a row sees nothing; None where every row sees something."""
+        self.mask = None
+        """[B, 1, S, V]; only for one row each of samples that differ: decoding a ragged batch.
+
+        A row that sees nothing looks at one token here, and `seen` says that it must not count.
+        """
+        if rows == 1 and not self.uniform:
+            runs = [row[0].tokens if row else slice(0, 1) for row in self.sights]
+            starts, ends = torch.tensor([[run.start, run.stop] for run in runs]).T[..., None]
+            token = torch.arange(tokens)
+            self.mask = ((token >= starts) & (token < ends))[:, None, None].to(device)
+
+    def batches(self) -> Iterator[tuple[slice, list[Sight]]]:
+        """Samples that can be attended together, with what they see."""
+        if self.uniform:
+            yield slice(None), self.sights[0]
+        else:
+            for sample, sights in enumerate(self.sights):
+                yield slice(sample, sample + 1), sights
