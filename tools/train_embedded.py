@@ -1,15 +1,15 @@
-"""Train the embedded model: a small checkpoint of the real architecture that answers about pictures.
+"""Train the embedded model: a small one of the real architecture that answers about pictures.
 
     pip install -r tools/embedded/requirements.txt
     python tools/train_embedded.py --run runs/embedded --hours 1.5 1.5 5
-    python tools/train_embedded.py --run runs/embedded --hours 1.5 1.5 9      # later: four hours more
+    python tools/train_embedded.py --run runs/embedded --hours 1.5 1.5 9   # later: four more
 
 Three stages, each with its own hours:
   A  the vision encoder alone reads full pages of one tile: every patch is labelled;
   B  one tile, with questions and answers; the labels go on at a low weight;
   C  pictures of one to four tiles, in the encoder's full size.
-A run that was stopped, or killed, goes on where its last checkpoint is. When the time is used up the
-checkpoint in the official layout is in RUN/checkpoint.
+A run that was stopped, or killed, goes on where its last checkpoint is. When the time is used up
+the model is in RUN/checkpoint, in the official layout.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def quiz_stream(settings: Settings, stage: str, start: int, step: int) -> Iterat
         f"train-{settings.seed}-{stage}",
         tiles=ONE_TILE if one_tile else ALL_TILES,
         size=max(2, settings.size // (2 if one_tile else 3)),
-        questions=4,
+        questions=4 if one_tile else 5,
         pages=0.1 if one_tile else 0.2,
     )
     return stream(quizzes, start, step, settings.workers)

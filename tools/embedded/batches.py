@@ -1,4 +1,4 @@
-"""Numbered batches of tensors. A batch hangs on its number and a seed alone, never on who makes it."""
+"""Numbered batches of tensors: a batch hangs on its number and a seed, never on who makes it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,15 +7,15 @@ from random import Random
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
 from embedded.chat import Chat, Message
 from embedded.drawing import IGNORED, draw, label_patches
 from embedded.model import MAX_TILES, PATCH, TILE
 from embedded.questions import NO_PICTURE, SMALL_TALK, SYSTEM_MESSAGES, ask, ask_about_both
 from embedded.scenes import Scene, sample_page, sample_scene
 from embedded.sources import Sources
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-
 from llama_vision.image import tile_image
 
 

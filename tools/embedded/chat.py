@@ -8,6 +8,7 @@ from pathlib import Path
 from random import Random
 
 import sentencepiece
+
 from embedded.questions import NO_PICTURE, SMALL_TALK, SYSTEM_MESSAGES, ask
 from embedded.scenes import sample_scene
 from embedded.sources import Sources

@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 
 import torch
-from embedded.chat import SPECIAL_TOKENS, Chat
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from embedded.chat import SPECIAL_TOKENS, Chat
 from llama_vision.config import Config
 from llama_vision.image import MEAN, STD
 from llama_vision.model import LlamaVisionModel
@@ -129,3 +129,13 @@ def _preprocessor(config: Config) -> dict:
         "rescale_factor": 1 / 255,
         "size": {"height": config.vision.image_size, "width": config.vision.image_size},
     }
+
+
+def load(folder: Path) -> tuple[LlamaVisionModel, Chat]:
+    """A checkpoint that `export` wrote: the model in bfloat16, and its tokenizer."""
+    model = LlamaVisionModel(Config.from_directory(folder)).to(torch.bfloat16)
+    tensors = load_file(folder / "model.safetensors")
+    names = dict(model.named_parameters())
+    model.load_state_dict({name: tensors.pop(official_name(name)) for name in names})
+    assert not tensors, f"unused tensors in {folder}: {sorted(tensors)}"
+    return model.eval(), Chat(folder / "tokenizer.model")

@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from embedded.drawing import IGNORED, LABELS
 from torch import Tensor, nn
 
+from embedded.drawing import IGNORED, LABELS
 from llama_vision.config import Config, RopeScaling, TextConfig, VisionConfig
 from llama_vision.model import LlamaVisionModel
 from llama_vision.vision import VisionEncoder

@@ -8,6 +8,7 @@ above something.
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from random import Random
 
 from embedded.scenes import SHAPES, Scene, Shape, TextLine, center, reading_order
@@ -332,7 +333,7 @@ def _describe(scene: Scene, rng: Random) -> Iterator[Question]:
     if len(scene.shapes) > 4:
         return
     xs = sorted(center(shape.box)[0] for shape in scene.shapes)
-    if any(b - a < 0.05 * scene.size[0] for a, b in zip(xs, xs[1:], strict=False)):
+    if any(b - a < 0.05 * scene.size[0] for a, b in pairwise(xs)):
         return  # no clear order from left to right
     wordings = (
         "Describe the image.",
@@ -382,8 +383,8 @@ def ask(
 def ask_about_both(first: Scene, second: Scene, rng: Random, number: int) -> list[Question]:
     """Questions about two pictures seen together, without saying which.
 
-    The decoder sees the tokens of both as one set, without an order: a question about one of the two
-    must be clear from what is in it.
+    The decoder sees the tokens of both as one set, without an order: a question about one of the
+    two must be clear from what is in it.
     """
     both = Scene(
         first.size,

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from random import Random
 
 from embedded.sources import COLORS, RGB, Face, Sources, contrast, sample_rgb
-
 from llama_vision.image import choose_grid, fit_inside
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "cross", "rectangle")
@@ -363,7 +362,7 @@ def sample_page(rng: Random, sources: Sources, grid: tuple[int, int], tile: int)
     if rng.random() < 0.35:
         for _ in range(rng.randint(2, 7)):
             add_shape(rng, scene, size=log_uniform(rng, 13 * zoom, 0.32 * min(size)))
-    width, height = size
+    height = size[1]
     y = rng.uniform(1, 4) * zoom
     tallest = min(0.4 * height, rng.choice((16, 20, 26, 40)) * zoom)
     while y < height - 9 * zoom:

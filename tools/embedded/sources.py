@@ -9,26 +9,33 @@ import colorsys
 import importlib.util
 import zlib
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from random import Random
 
 from PIL import ImageFont
 
+# fmt: off
 TRAINED_FAMILIES = (
-    "abel alegreya_sans archivo_narrow arimo arvo atkinson_hyperlegible barlow bitter cabin "
-    "crimson_text dm_mono dm_sans domine eb_garamond fira_code fira_sans fredoka ibm_plex_sans "
-    "ibm_plex_serif inconsolata inter jetbrains_mono josefin_sans kanit lato libre_baskerville "
-    "libre_franklin lora manrope merriweather montserrat noto_sans noto_serif nunito open_sans "
-    "oswald oxygen playfair_display pt_sans quicksand raleway roboto roboto_mono roboto_slab rubik "
-    "source_code_pro source_sans_3 space_grotesk work_sans"
-).split()
+    "abel", "alegreya_sans", "archivo_narrow", "arimo", "arvo", "atkinson_hyperlegible", "barlow",
+    "bitter", "cabin", "crimson_text", "dm_mono", "dm_sans", "domine", "eb_garamond", "fira_code",
+    "fira_sans", "fredoka", "ibm_plex_sans", "ibm_plex_serif", "inconsolata", "inter",
+    "jetbrains_mono", "josefin_sans", "kanit", "lato", "libre_baskerville", "libre_franklin",
+    "lora", "manrope", "merriweather", "montserrat", "noto_sans", "noto_serif", "nunito",
+    "open_sans", "oswald", "oxygen", "playfair_display", "pt_sans", "quicksand", "raleway",
+    "roboto", "roboto_mono", "roboto_slab", "rubik", "source_code_pro", "source_sans_3",
+    "space_grotesk", "work_sans",
+)
 UNSEEN_FAMILIES = (
-    "exo_2 ibm_plex_mono karla poppins pt_serif titillium_web vollkorn zilla_slab"
-).split()
+    "exo_2", "ibm_plex_mono", "karla", "poppins", "pt_serif", "titillium_web", "vollkorn",
+    "zilla_slab",
+)
 DEJAVU = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSerif")
 
-FEW_WORDS = "apple bridge coffee door engine forest garden house island jungle".split()
+FEW_WORDS = (
+    "apple", "bridge", "coffee", "door", "engine", "forest", "garden", "house", "island", "jungle",
+)
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class Face:
         return sum(_advance(self, size, char) for char in text)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _advance(face: Face, size: int, char: str) -> float:
     return face.at(size).getlength(char)
 
@@ -96,7 +103,7 @@ class Sources:
     @classmethod
     def minimal(cls) -> "Sources":
         """Enough to run the recipe where no font and word packages are installed."""
-        return cls((Face(None),), tuple(FEW_WORDS))
+        return cls((Face(None),), FEW_WORDS)
 
 
 def _package(name: str) -> Path:
@@ -109,7 +116,7 @@ def _package(name: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def _faces(families: list[str]) -> tuple[Face, ...]:
+def _faces(families: tuple[str, ...]) -> tuple[Face, ...]:
     """Regular and bold upright faces of each family; families weigh the same."""
     faces = []
     for family in families:

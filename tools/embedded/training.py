@@ -1,4 +1,4 @@
-"""The loop that all stages share: gradients from two processes, a schedule in time, files to resume.
+"""The loop that all stages share: gradients, a schedule in time, files to go on from.
 
 On a CPU with two cores the second one computes gradients too, as much as it gets to: a `Helper`
 adds what it has finished to the step that is due, and never keeps it waiting. Its gradients are
@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from embedded.optimizer import Optimizers
 from torch import Tensor, nn
+
+from embedded.optimizer import Optimizers
 
 Metrics = dict[str, float]
 Losses = Callable[[nn.Module, object], tuple[Tensor, Metrics]]
@@ -50,9 +51,9 @@ class Progress:
 
 
 def rate(progress: Progress, hours: float, warmup: int = 100, decay: float = 0.3) -> float:
-    """Factor on the learning rates: up in `warmup` steps, level, and down in the last part of the time.
+    """Factor on the learning rates: up in `warmup` steps, level, down in the last of the time.
 
-    It depends on the time that is left, so that a stage given more hours later goes on at full rate.
+    It depends on the time that is left: a stage given more hours later goes on at full rate.
     """
     left = max(0.0, 1 - progress.seconds / (3600 * hours))
     return min(1.0, (progress.step + 1) / warmup) * max(0.02, min(1.0, left / decay))
@@ -62,7 +63,7 @@ def rate(progress: Progress, hours: float, warmup: int = 100, decay: float = 0.3
 def mixed_precision(device: torch.device) -> Iterator[None]:
     """Matrix products in bfloat16, which the CPUs and GPUs of today multiply several times faster.
 
-    On a CPU attention stays in float32: torch's backward pass of it is six times slower in bfloat16.
+    On a CPU attention stays in float32: torch's backward pass of it crawls in bfloat16.
     """
     attention = F.scaled_dot_product_attention
 
@@ -160,7 +161,7 @@ def _help(stage: Stage, weights: Tensor, total: Tensor, count, first: int) -> No
 
 
 class Recorder:
-    """The run's folder: a table of what was measured, and checkpoints that replace each other whole."""
+    """The run's folder: a table of measurements, and checkpoints that are replaced whole."""
 
     def __init__(self, folder: Path):
         self.folder = folder
