@@ -61,6 +61,7 @@ def blind_answers(
 ) -> tuple[dict[str, str], dict[str, str]]:
     """The most frequent answers of the training data, by the question's words and by its type."""
     sources = Sources.minimal() if minimal else Sources.trained()
+    scenes = scenes // 10 if minimal else scenes
     rng = Random("blind")
     by_text: dict[str, Counter] = defaultdict(Counter)
     by_type: dict[str, Counter] = defaultdict(Counter)
