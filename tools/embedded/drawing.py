@@ -1,10 +1,11 @@
 """A scene becomes pixels, and numbers that say what each patch of them shows."""
 
+import io
 import math
 from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 from embedded.scenes import SHAPES, Box, Canvas, Glyph, Scene, Shape, center, glyphs_of
 from embedded.sources import COLORS
@@ -43,6 +44,17 @@ def draw(scene: Scene) -> Image.Image:
     pen = ImageDraw.Draw(image)
     for line in scene.lines:
         pen.text(line.origin, line.text, line.rgb, line.face.at(line.size), anchor="ls")
+    return _worn(image, scene)
+
+
+def _worn(image: Image.Image, scene: Scene) -> Image.Image:
+    """What files go through before someone shows them."""
+    if scene.blur:
+        image = image.filter(ImageFilter.GaussianBlur(scene.blur))
+    if scene.quality is not None:
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=scene.quality)
+        image = Image.open(file).convert("RGB")
     return image
 
 

@@ -101,6 +101,10 @@ class Scene:
     background: Background
     shapes: list[Shape] = field(default_factory=list)
     lines: list[TextLine] = field(default_factory=list)
+    blur: float = 0.0
+    """Radius, in picture pixels."""
+    quality: int | None = None
+    """Of a JPEG that the picture went through; None: it did not."""
 
     @property
     def zoom(self) -> float:
@@ -155,7 +159,12 @@ def new_scene(rng: Random, grid: tuple[int, int], tile: int, max_tiles: int = 4)
         size = round(cols * tile * zoom * across), round(rows * tile * zoom * down)
         canvas = Canvas.of(size, tile, max_tiles)
         if canvas.grid == grid:
-            return Scene(size, canvas, sample_background(rng))
+            scene = Scene(size, canvas, sample_background(rng))
+            if rng.random() < 0.08:
+                scene.blur = rng.uniform(0.2, 0.6) * scene.zoom
+            if rng.random() < 0.12:
+                scene.quality = rng.randint(50, 95)
+            return scene
 
 
 def sample_background(rng: Random) -> Background:
@@ -269,8 +278,9 @@ def add_line(
             left = rng.uniform(2, width - 2 - length)
             base = rng.uniform(2 + tall, max(2 + tall, height - 2 - 0.25 * points))
             box = (left, base - tall, left + length, base)
-            # Room for what hangs below the baseline, and so that lines have a clear order.
-            if _fits(box, scene, 0.4 * tall):
+            # Each line has a height of its own, so that there is no doubt which one is the first.
+            beside = any(box[1] < at.box[3] + 2 and at.box[1] < box[3] + 2 for at in scene.lines)
+            if not beside and _fits(box, scene, 0.4 * tall):
                 scene.lines.append(
                     TextLine(wanted, *color, face, max(6, points), (left, base), box)
                 )

@@ -9,7 +9,7 @@ import colorsys
 import importlib.util
 import zlib
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from random import Random
 
@@ -52,12 +52,24 @@ class Face:
 
     def length(self, text: str, size: int) -> float:
         """About how wide a text is: without kerning, but fast, for it remembers each character."""
-        return sum(_advance(self, size, char) for char in text)
+        advances = _advances(self, size)
+        return sum([advances[char] for char in text])
 
 
-@cache
-def _advance(face: Face, size: int, char: str) -> float:
-    return face.at(size).getlength(char)
+class _Advances(dict):
+    """Widths of the characters of one face at one size, measured when first asked for."""
+
+    def __init__(self, font: ImageFont.FreeTypeFont):
+        self.font = font
+
+    def __missing__(self, char: str) -> float:
+        self[char] = self.font.getlength(char)
+        return self[char]
+
+
+@lru_cache(maxsize=4096)
+def _advances(face: Face, size: int) -> _Advances:
+    return _Advances(face.at(size))
 
 
 @lru_cache(maxsize=4096)
