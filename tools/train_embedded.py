@@ -31,7 +31,7 @@ from embedded.sources import Sources
 from embedded.training import Metrics, Recorder, Stage, train
 from torch import Tensor
 
-LABEL_SHARE = 0.1
+LABEL_SHARE = 0.2
 """Weight of the label losses beside the answers, in stages B and C."""
 
 ONE_TILE = {1: 1.0}
@@ -97,7 +97,7 @@ def quiz_stream(settings: Settings, stage: str, start: int, step: int) -> Iterat
         tiles=ONE_TILE if one_tile else ALL_TILES,
         size=max(2, settings.size // (2 if one_tile else 3)),
         questions=4 if one_tile else 5,
-        pages=0.1 if one_tile else 0.2,
+        pages=0.1 if one_tile else 0.25,
     )
     return stream(quizzes, start, step, settings.workers)
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.multiprocessing as mp
@@ -118,16 +119,11 @@ class Helper:
         with self.count.get_lock():
             finished, self.count.value = self.count.value, 0
             if finished:
-                for parameter, gradient in self._split(self.sum):
+                for parameter, gradient in pieces_of(self.sum, self.parameters):
                     if parameter.grad is not None:
                         parameter.grad += gradient
                 self.sum.zero_()
         return finished
-
-    def _split(self, flat: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        pieces = flat.split([p.numel() for p in self.parameters])
-        for parameter, piece in zip(self.parameters, pieces, strict=True):
-            yield parameter, piece.view_as(parameter)
 
     def stop(self) -> None:
         """End the process."""
@@ -135,7 +131,7 @@ class Helper:
         self.process.join()
 
 
-def _help(stage: Stage, weights: Tensor, total: Tensor, count, first: int) -> None:
+def _help(stage: Stage, weights: Tensor, total: Tensor, count: Any, first: int) -> None:
     """What the helper does: batches first, first + 2, … for ever."""
     os.nice(15)
     torch.set_num_threads(1)
@@ -145,19 +141,25 @@ def _help(stage: Stage, weights: Tensor, total: Tensor, count, first: int) -> No
     for batch in stage.batches(first, 2):
         if os.getppid() != parent:  # killed without a chance to end its helper
             return
-        pieces = weights.split([p.numel() for p in parameters])
         with torch.no_grad():
-            for parameter, piece in zip(parameters, pieces, strict=True):
-                parameter.copy_(piece.view_as(parameter))
+            for parameter, piece in pieces_of(weights, parameters):
+                parameter.copy_(piece)
         gradients(stage, module, batch)
         with count.get_lock(), torch.no_grad():
-            for parameter, piece in zip(
-                parameters, total.split([p.numel() for p in parameters]), strict=True
-            ):
+            for parameter, piece in pieces_of(total, parameters):
                 if parameter.grad is not None:
-                    piece += parameter.grad.flatten()
+                    piece += parameter.grad
             count.value += 1
         module.zero_grad()
+
+
+def pieces_of(
+    flat: Tensor, parameters: list[nn.Parameter]
+) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Each parameter with its part of a vector that holds all of them, as a view."""
+    pieces = flat.split([p.numel() for p in parameters])
+    for parameter, piece in zip(parameters, pieces, strict=True):
+        yield parameter, piece.view_as(parameter)
 
 
 class Recorder:
@@ -213,6 +215,54 @@ def smooth(old: Metrics, new: Metrics, keep: float = 0.95) -> Metrics:
     return merged
 
 
+class Every:
+    """Whether so many seconds have passed since it last said so."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.last = seconds, time.monotonic()
+
+    def due(self) -> bool:
+        """Ask, and begin again if so."""
+        now = time.monotonic()
+        if now - self.last < self.seconds:
+            return False
+        self.last = now
+        return True
+
+
+def restore(stage: Stage, module: nn.Module, recorder: Recorder) -> tuple[Optimizers, Progress]:
+    """The stage's checkpoint, or its beginning."""
+    optimizers = Optimizers(module, muon_lr=stage.muon_lr, adam_lr=stage.adam_lr)
+    saved = recorder.load(stage.name)
+    if saved is None:
+        return optimizers, Progress(stage.name)
+    module.load_state_dict(saved["module"])
+    optimizers.load_state_dict(saved["optimizers"])
+    return optimizers, Progress(**saved["progress"])
+
+
+def step(
+    stage: Stage,
+    module: nn.Module,
+    optimizers: Optimizers,
+    batch: object,
+    factor: float,
+    helper: Helper | None,
+) -> tuple[int, Metrics]:
+    """One step of the optimizers; how many batches it was of, and what ours measured."""
+    metrics = gradients(stage, module, batch)
+    finished = 1
+    if helper is not None:
+        finished += helper.collect()
+        for parameter in module.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= finished
+    optimizers.step(factor)
+    if helper is not None:
+        helper.publish()
+    return finished, metrics
+
+
 def train(
     stage: Stage,
     module: nn.Module,
@@ -223,42 +273,26 @@ def train(
     save_every: float = 120.0,
 ) -> nn.Module:
     """Run a stage until its time is used up, from where its checkpoint left off."""
-    optimizers = Optimizers(module, muon_lr=stage.muon_lr, adam_lr=stage.adam_lr)
-    progress = Progress(stage.name)
-    saved = recorder.load(stage.name)
-    if saved is not None:
-        module.load_state_dict(saved["module"])
-        optimizers.load_state_dict(saved["optimizers"])
-        progress = Progress(**saved["progress"])
-    # Every start gets fresh batches: the step counts both processes' batches generously.
+    optimizers, progress = restore(stage, module, recorder)
+    # A start takes batches that no earlier one took: two processes make far fewer than 8 a step.
     first = 8 * progress.step
     helper = Helper(stage, module, first + 1) if helpers else None
     stream = stage.batches(first, 2 if helper else 1)
-    last = logged = written = time.monotonic()
+    log, save = Every(log_every), Every(save_every)
+    last = time.monotonic()
     while progress.seconds < 3600 * stage.hours:
         batch = next(stream)
-        metrics = gradients(stage, module, batch)
-        finished = 1
-        if helper is not None:
-            finished += helper.collect()
-            for parameter in module.parameters():
-                if parameter.grad is not None:
-                    parameter.grad /= finished
-        optimizers.step(rate(progress, stage.hours))
-        if helper is not None:
-            helper.publish()
+        factor = rate(progress, stage.hours)
+        finished, metrics = step(stage, module, optimizers, batch, factor, helper)
         now = time.monotonic()
+        progress.seconds, last = progress.seconds + now - last, now
         progress.step += 1
         progress.pictures += finished * len(batch)
-        progress.seconds += now - last
         progress.metrics = smooth(progress.metrics, metrics)
-        last = now
-        if now - logged > log_every:
-            logged = now
+        if log.due():
             recorder.log(progress)
             report(progress, stage.hours)
-        if now - written > save_every:
-            written = now
+        if save.due():
             recorder.save(progress, module, optimizers)
     if helper is not None:
         helper.stop()
