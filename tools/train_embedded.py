@@ -8,8 +8,9 @@ Three stages, each with its own hours:
   A  the vision encoder alone reads full pages of one tile: every patch is labelled;
   B  one tile, with questions and answers; the labels go on at a low weight;
   C  pictures of one to four tiles, in the encoder's full size.
-A run that was stopped, or killed, goes on where its last checkpoint is. When the time is used up
-the model is in RUN/checkpoint, in the official layout.
+A run that was stopped, or killed, goes on where its last checkpoint is; more hours count for the
+stage that it is in and those after. When the time is used up the model is in RUN/checkpoint, in the
+official layout.
 """
 
 import argparse
@@ -202,6 +203,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if len(options.hours) not in (1, 3):
         parser.error("--hours takes one number, or one for each of the three stages")
+    if options.helpers and options.device != "cpu":
+        parser.error("--helpers is for CPUs; beside a GPU, give --workers to draw the pictures")
     return options
 
 

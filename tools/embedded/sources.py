@@ -67,12 +67,12 @@ class _Advances(dict):
         return self[char]
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=2048)
 def _advances(face: Face, size: int) -> _Advances:
     return _Advances(face.at(size))
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=2048)
 def _load_face(face: Face, size: int) -> ImageFont.FreeTypeFont:
     if face.path is None:
         return ImageFont.load_default(size)
