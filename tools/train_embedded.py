@@ -32,8 +32,13 @@ from embedded.sources import Sources
 from embedded.training import Metrics, Recorder, Stage, train
 from torch import Tensor
 
-LABEL_SHARE = 0.2
+LABEL_SHARE = 0.5
 """Weight of the label losses beside the answers, in stages B and C."""
+
+VISION_RATES = {"A": 1.0, "B": 0.2, "C": 0.4}
+"""Of the learning rates. At the full rate the first, wild gradients of a new decoder undo in
+minutes what the encoder has learned: a step of Muon is equally long whatever the gradient.
+"""
 
 ONE_TILE = {1: 1.0}
 ALL_TILES = {1: 0.4, 2: 0.22, 3: 0.14, 4: 0.24}
@@ -98,7 +103,7 @@ def quiz_stream(settings: Settings, stage: str, start: int, step: int) -> Iterat
         tiles=ONE_TILE if one_tile else ALL_TILES,
         size=max(2, settings.size // (2 if one_tile else 3)),
         questions=4 if one_tile else 5,
-        pages=0.1 if one_tile else 0.25,
+        pages=0.25,
     )
     return stream(quizzes, start, step, settings.workers)
 
@@ -145,15 +150,12 @@ def make_stages(settings: Settings, hours: dict[str, float]) -> dict[str, Stage]
     """The three stages."""
     b, c = (partial(quiz_stream, settings, name) for name in "BC")
     return {
-        "A": Stage(
-            "A",
-            hours["A"],
-            partial(new_seer, settings),
-            partial(page_stream, settings),
-            page_losses,
-        ),
-        "B": Stage("B", hours["B"], partial(new_student, settings, 1), b, quiz_losses),
-        "C": Stage("C", hours["C"], partial(new_student, settings, MAX_TILES), c, quiz_losses),
+        name: Stage(name, hours[name], *parts, VISION_RATES[name])
+        for name, *parts in (
+            ("A", partial(new_seer, settings), partial(page_stream, settings), page_losses),
+            ("B", partial(new_student, settings, 1), b, quiz_losses),
+            ("C", partial(new_student, settings, MAX_TILES), c, quiz_losses),
+        )
     }
 
 

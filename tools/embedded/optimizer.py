@@ -15,6 +15,10 @@ NOT_HIDDEN = ("embed", "lm_head", "labels")
 """Matrices that face the vocabulary or the labels, or are tables: AdamW's, by these name parts."""
 
 
+SEEING = ("vision.", "projector.")
+"""What has learned to see before the decoder begins to learn."""
+
+
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     """Bring the singular values of each matrix near 1: [n, rows, cols], float32.
 
@@ -66,23 +70,39 @@ class Muon(torch.optim.Optimizer):
 
 
 class Optimizers:
-    """Both optimizers as one."""
+    """Both optimizers as one.
 
-    def __init__(self, module: nn.Module, *, muon_lr: float = 0.02, adam_lr: float = 2e-3):
-        hidden, other = [], []
+    Args:
+        vision_rate: the encoder's and the projector's part of the full learning rates.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        muon_lr: float = 0.02,
+        adam_lr: float = 2e-3,
+        vision_rate: float = 1.0,
+    ):
+        # Four kinds: hidden matrices or not, of what sees or of the rest.
+        kinds: dict[tuple[bool, bool], list[nn.Parameter]] = defaultdict(list)
         for name, parameter in module.named_parameters():
             is_hidden = parameter.ndim >= 2 and not any(part in name for part in NOT_HIDDEN)
-            (hidden if is_hidden else other).append(parameter)
-        self.muon = Muon(hidden, lr=muon_lr, momentum=0.95, decay=0.01)
-        self.adam = torch.optim.AdamW(other, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0)
-        self.lrs = (muon_lr, adam_lr)
-        self.parameters = hidden + other
+            kinds[is_hidden, name.removeprefix("model.").startswith(SEEING)].append(parameter)
+        muon, adam = (
+            [{"params": kinds[is_hidden, sees]} for sees in (True, False)]
+            for is_hidden in (True, False)
+        )
+        self.muon = Muon(muon, lr=muon_lr, momentum=0.95, decay=0.01)
+        self.adam = torch.optim.AdamW(adam, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0)
+        self.lrs = [(lr * vision_rate, lr) for lr in (muon_lr, adam_lr)]
+        self.parameters = list(module.parameters())
 
     def step(self, factor: float) -> None:
         """One step at `factor` times the full learning rates, and forget the gradients."""
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        for optimizer, lr in zip((self.muon, self.adam), self.lrs, strict=True):
-            for group in optimizer.param_groups:
+        for optimizer, lrs in zip((self.muon, self.adam), self.lrs, strict=True):
+            for group, lr in zip(optimizer.param_groups, lrs, strict=True):
                 group["lr"] = lr * factor
             optimizer.step()
             optimizer.zero_grad()

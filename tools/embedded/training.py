@@ -36,8 +36,8 @@ class Stage:
     batches: Callable[[int, int], Iterator]
     """From the first batch's number and the distance to the next one."""
     losses: Losses
-    muon_lr: float = 0.02
-    adam_lr: float = 2e-3
+    vision_rate: float = 1.0
+    """The encoder's part of the full learning rates."""
 
 
 @dataclass
@@ -232,7 +232,7 @@ class Every:
 
 def restore(stage: Stage, module: nn.Module, recorder: Recorder) -> tuple[Optimizers, Progress]:
     """The stage's checkpoint, or its beginning."""
-    optimizers = Optimizers(module, muon_lr=stage.muon_lr, adam_lr=stage.adam_lr)
+    optimizers = Optimizers(module, vision_rate=stage.vision_rate)
     saved = recorder.load(stage.name)
     if saved is None:
         return optimizers, Progress(stage.name)
