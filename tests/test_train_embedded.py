@@ -286,6 +286,15 @@ def test_widening_keeps_what_one_tile_has_learned():
     assert not torch.equal(wider[1], wider[0])
 
 
+def test_widening_blanks_the_tokens_of_absent_tiles():
+    wide = widen(Seer.new(vision_config(32, 1), 32).vision, 4)
+    seen = []
+    wide.layernorm_pre.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    wide(torch.randn(2, 2, 3, 112, 112), torch.tensor([2, 5]))  # grids (1, 2) and (2, 1)
+    assert seen[0][:, :2].abs().amax((2, 3)).min() > 0.1
+    torch.testing.assert_close(seen[0][:, 2:], torch.zeros(2, 2, 65, 32), atol=1e-5, rtol=0)
+
+
 def test_every_parameter_is_initialised_and_every_gate_open():
     torch.manual_seed(0)
     student = Student.new(model_config(300, 32))

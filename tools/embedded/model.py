@@ -215,9 +215,7 @@ def _ends_branch(name: str) -> bool:
 def _place_patches(vision: VisionEncoder) -> None:
     """Start the position tables from sines of where a patch is: in its tile, and in the picture."""
     config, table = vision.config, vision.gated_positional_embedding
-    slots, width = config.max_num_tiles, config.hidden_size
-    rows = table.tile_embedding.weight.view(-1, slots, config.tokens_per_tile, width)
-    rows.copy_(_picture_sines(config))
+    _position_table(vision).copy_(_picture_sines(config))
     table.embedding.copy_(_tile_sines(config, 0, 0))
 
 
@@ -244,27 +242,45 @@ def _tile_sines(config: VisionConfig, row: int, col: int) -> Tensor:
 
 @torch.no_grad()
 def widen(vision: VisionEncoder, max_tiles: int) -> VisionEncoder:
-    """An encoder with room for more tiles that sees one tile as `vision`, made for one, does.
+    """An encoder with room for more tiles that sees each tile much as `vision`, made for one, does.
 
-    All grids start from what one tile has learned, each tile moved to its place in the picture.
+    Every tile of every grid starts from what the one tile has learned, moved a little towards its
+    place in the picture. Tokens of absent tiles start as zeros: real tokens do attend to them, and
+    anything else there would drown what the attention has learned.
     """
     wide = VisionEncoder(replace(vision.config, max_num_tiles=max_tiles))
     initialize(wide)
-    tables = {
-        name for name, _ in wide.named_parameters() if "tile" in name and not name.endswith("gate")
-    }
-    wide.load_state_dict(
-        {name: value for name, value in vision.state_dict().items() if name not in tables},
-        strict=False,
-    )
-    config = vision.config
-    shape = (-1, 1, config.tokens_per_tile, config.hidden_size)
-    narrow = vision.gated_positional_embedding.tile_embedding.weight.view(shape)[1]
-    learned = narrow - _picture_sines(config)[1]
-    wide.gated_positional_embedding.tile_embedding.weight.add_(
-        learned[None].expand(len(wide.config.grids) + 1, max_tiles, -1, -1).flatten(1)
-    )
+    tables = {name for name, _ in wide.named_parameters() if "tile" in name and name[-4:] != "gate"}
+    kept = {name: value for name, value in vision.state_dict().items() if name not in tables}
+    wide.load_state_dict(kept, strict=False)
     for name in ("pre_tile_positional_embedding", "post_tile_positional_embedding"):
         old, new = (getattr(encoder, name).embedding.weight for encoder in (vision, wide))
-        new.view(-1, max_tiles, config.hidden_size)[1, 0] = old[1]
+        vectors = new.view(len(wide.config.grids) + 1, max_tiles, -1)
+        vectors.mul_(0.3).add_(old[1])
+        vectors[1, 0] = old[1]
+    table = _position_table(wide)
+    moved = _picture_sines(wide.config) - _tile_sines(wide.config, 0, 0)
+    table.copy_(_position_table(vision)[1, 0] + 0.5 * moved)
+    _blank_absent_tiles(wide)
     return wide
+
+
+def _position_table(vision: VisionEncoder) -> Tensor:
+    """Positions in the picture, as a view: [grids + 1, T, P, E]."""
+    config = vision.config
+    shape = (-1, config.max_num_tiles, config.tokens_per_tile, config.hidden_size)
+    return vision.gated_positional_embedding.tile_embedding.weight.view(shape)
+
+
+def _blank_absent_tiles(vision: VisionEncoder) -> None:
+    """Give the slots of absent tiles the positions that make all their tokens zero."""
+    table, positions = _position_table(vision), vision.gated_positional_embedding
+    tiles = vision.pre_tile_positional_embedding
+    gate = positions.gate.tanh()
+    slots = tiles.embedding.weight.view(len(table), vision.config.max_num_tiles, -1)
+    for grid_id, (rows, cols) in enumerate(vision.config.grids, start=1):
+        for slot in range(rows * cols, vision.config.max_num_tiles):
+            rest = positions.embedding * (1 - gate)
+            rest[0] += vision.class_embedding
+            rest[1:] += slots[grid_id, slot] * tiles.gate.tanh()
+            table[grid_id, slot] = -rest / gate
