@@ -21,17 +21,8 @@ from embedded.export import export, load, official_name
 from embedded.model import Seer, Student, model_config, vision_config, widen
 from embedded.optimizer import orthogonalize
 from embedded.questions import ask, ask_about_both, describe, place_of
-from embedded.scenes import (
-    SHAPES,
-    Background,
-    Canvas,
-    Scene,
-    Shape,
-    TextLine,
-    glyphs_of,
-    sample_page,
-    sample_scene,
-)
+from embedded.sampling import sample_page, sample_scene
+from embedded.scenes import SHAPES, Background, Canvas, Scene, Shape, TextLine, glyphs_of
 from embedded.sources import COLORS, TRAINED_FAMILIES, UNSEEN_FAMILIES, Face, Sources, sample_rgb
 from embedded.training import Recorder, Stage, train
 from evaluate_embedded import decode

@@ -9,9 +9,10 @@ from random import Random
 
 import sentencepiece
 
-from embedded.questions import NO_PICTURE, SMALL_TALK, SYSTEM_MESSAGES, ask
-from embedded.scenes import sample_scene
+from embedded.questions import ask
+from embedded.sampling import sample_scene
 from embedded.sources import Sources
+from embedded.talk import NO_PICTURE, SMALL_TALK, SYSTEM_MESSAGES
 
 SPECIAL_TOKENS = (
     "<|begin_of_text|>",
