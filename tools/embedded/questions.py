@@ -112,7 +112,7 @@ def _text(scene: Scene, rng: Random) -> Iterator[Question]:
         "Transcribe the text.",
     )
     if not scene.lines:
-        if rng.random() < 0.15:
+        if rng.random() < 0.25:
             yield Question("absent", rng.choice(wordings), "There is no text.")
         return
     yield Question("text", rng.choice(wordings), reading(scene))
@@ -160,8 +160,8 @@ def _color(scene: Scene, rng: Random) -> Iterator[Question]:
 
 
 def _absent(kinds: Counter, wordings: tuple[str, ...], rng: Random) -> Iterator[Question]:
-    """Now and then the same question about a shape that is not there."""
-    if rng.random() < 0.35:
+    """As often as not the same question about a shape that is not there."""
+    if rng.random() < 0.6:
         kind = rng.choice([kind for kind in SHAPES if kind not in kinds])
         yield Question("absent", rng.choice(wordings).format(kind), f"There is no {kind}.")
 
@@ -178,7 +178,7 @@ def _shape(scene: Scene, rng: Random) -> Iterator[Question]:
         if colors[shape.color] == 1:
             wording = rng.choice(wordings).format(shape.color)
             yield Question("shape", wording, sentence(article(shape.kind)))
-    if scene.shapes and rng.random() < 0.2:
+    if scene.shapes and rng.random() < 0.4:
         absent = rng.choice([color for color in COLORS if color not in colors])
         yield Question(
             "absent", rng.choice(wordings).format(absent), f"There is no {absent} shape."
@@ -289,7 +289,7 @@ def _relation(scene: Scene, rng: Random) -> Iterator[Question]:
             )
             if found:
                 yield Question("relation", text, _answer(found[0]))
-            elif rng.random() < 0.15:
+            elif rng.random() < 0.3:
                 yield Question("relation", text, "Nothing.")
 
 
