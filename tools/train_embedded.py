@@ -127,6 +127,7 @@ def quiz_losses(student: Student, quiz: Quiz) -> tuple[Tensor, Metrics]:
         by_type[kind].append(hit)
     metrics = {kind: sum(hits) / len(hits) for kind, hits in sorted(by_type.items())}
     metrics["exact"] = exact.float().mean().item()
+    metrics[f"tiles_{pictures.pixels.shape[1]}"] = metrics["exact"]
     metrics["talk"] = talk_exact.float().mean().item()
     metrics["left_char"] = labels["left_char"]
     return answers + 0.05 * talk + LABEL_SHARE * seen, metrics
