@@ -1,1 +1,18 @@
-"""llama-vision."""
+"""Llama-3.2-Vision in pure PyTorch, exact and readable.
+
+Read in this order: config, image, tokenizer, chat; then the model from the inside out: layers,
+visual, vision, cache, text, model; then what runs it: checkpoint, sampling, generation, cli.
+
+Letters for dimensions, the same everywhere:
+    B  batch                          S  text rows of this pass        L  text rows cached
+    T  tile slots of an image         t  its real tiles                P  tokens of a tile
+    V  visual tokens of a sample      N  images                        n  tokens of an image's slots
+    E  vision width                   D  text width                    d  width of a head
+    H  query heads                    K  key/value heads
+"""
+
+from llama_vision.chat import Prompt
+from llama_vision.config import Config, LlamaVisionError
+from llama_vision.generation import Completion, LlamaVision
+
+__all__ = ["Completion", "Config", "LlamaVision", "LlamaVisionError", "Prompt"]

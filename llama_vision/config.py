@@ -19,11 +19,15 @@ DTYPES = {
 }
 
 EXTRA_EMBEDDINGS = 8
-"""Rows of the embedding past the vocabulary; the first is `<|image|>`. The head has none of them."""
+"""Rows of the embedding past the vocabulary; the first is `<|image|>`. The head has none."""
 
 
 class LlamaVisionError(ValueError):
     """Bad input at one of the package's doors: what came, what was expected, what to do."""
+
+
+class SettingError(LlamaVisionError):
+    """A setting out of its range: a device, type, length or sampling number that cannot be had."""
 
 
 class ConfigError(LlamaVisionError):
@@ -68,7 +72,7 @@ class VisionConfig:
 
     @property
     def grids(self) -> tuple[tuple[int, int], ...]:
-        """Every supported arrangement of tiles as (rows, cols); grid i has aspect-ratio id i + 1."""
+        """Every supported arrangement of tiles, (rows, cols); grid i has aspect-ratio id i + 1."""
         return supported_grids(self.max_num_tiles)
 
     def aspect_id(self, grid: tuple[int, int]) -> int:

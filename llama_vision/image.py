@@ -82,7 +82,9 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     if darkest < 0 or brightest > 65535 or brightest <= 1:  # no known range: stretch it
         span = (brightest - darkest) or 1.0
         return image.point(lambda level: level * (255 / span) - darkest * (255 / span)).convert("L")
-    return image.point(lambda level: level * (1 / 257)).convert("L") if brightest > 255 else image.convert("L")
+    if brightest > 255:
+        image = image.point(lambda level: level * (1 / 257))
+    return image.convert("L")
 
 
 def tile_image(image: Image.Image, *, tile_size: int, max_tiles: int) -> TiledImage:
@@ -111,7 +113,8 @@ def tile_image(image: Image.Image, *, tile_size: int, max_tiles: int) -> TiledIm
 def choose_grid(size: tuple[int, int], tile_size: int, max_tiles: int) -> tuple[int, int]:
     """The (rows, cols) whose canvas suits a picture of `size` = (width, height) best.
 
-    The smallest enlargement if any canvas allows one, else the largest scale; then the fewest tiles.
+    The smallest enlargement if any canvas allows one, else the largest scale; of equal ones
+    the canvas with the fewest tiles.
     """
     width, height = size
     grids = supported_grids(max_tiles)
@@ -124,9 +127,7 @@ def choose_grid(size: tuple[int, int], tile_size: int, max_tiles: int) -> tuple[
     return min(tied, key=lambda grid: grid[0] * grid[1])
 
 
-def fit_inside(
-    size: tuple[int, int], canvas: tuple[int, int], tile_size: int
-) -> tuple[int, int]:
+def fit_inside(size: tuple[int, int], canvas: tuple[int, int], tile_size: int) -> tuple[int, int]:
     """(width, height) of the undistorted picture on its canvas.
 
     A side grows at most to the tile's; sides are rounded down, to 1 pixel at least.

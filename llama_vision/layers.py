@@ -109,4 +109,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causa
     q = q.reshape(batch, groups, -1, width)  # [B, K, H/K · S, d]
     if mask is not None and rows > 1:
         mask = mask.repeat(1, 1, heads // groups, 1)  # [B, 1, H/K · S, L]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(batch, heads, rows, width)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(
+        batch, heads, rows, width
+    )

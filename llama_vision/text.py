@@ -37,7 +37,9 @@ class TextDecoder(nn.Module):
         self.norm = RMSNorm(width, config.rms_norm_eps)
         self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
 
-    def forward(self, token_ids: Tensor, visual: VisualTokens | None, cache: Cache | None) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, visual: VisualTokens | None, cache: Cache | None
+    ) -> Tensor:
         """Run the blocks over the next S rows of each sample.
 
         Args:
@@ -190,7 +192,9 @@ class VisualPass:
             parts.append(self.store.read(attention.layer, max(self.remembered)))
         if self.visual is not None:
             parts.append(attention.project(self.visual.features))
-        keys, values = (torch.cat(p, dim=2) if len(p) > 1 else p[0] for p in zip(*parts, strict=True))
+        keys, values = (
+            torch.cat(p, dim=2) if len(p) > 1 else p[0] for p in zip(*parts, strict=True)
+        )
         if self.visual is not None and self.store is not None:
             self.store.write(attention.layer, keys, values, self.visibility.remembered)
         return keys, values

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 class Stretch(NamedTuple):
-    """Text rows `rows` of one sample that all see the same images, `images` (two half-open runs)."""
+    """Text rows `rows` of one sample that all see the same images, its `images`."""
 
     rows: slice
     images: slice
@@ -56,9 +56,9 @@ def find_stretches(token_ids: Sequence[int], image_token_id: int) -> list[Stretc
 class VisualTokens:
     """The visual tokens of a batch, each sample's padded on the right to the longest.
 
-    Shapes: `features` [B, V, D], the projector's output; `image`, `tile`, `patch` [B, V], int64, say
-    where a token sits: number of the image in its sample, of the tile in its image (row-major), and
-    0 for the class token or 1 + row · patches_per_side + col. All three are -1 in the padding.
+    Shapes: `features` [B, V, D], the projector's output; `image`, `tile` and `patch` [B, V], int64,
+    say where a token sits: number of the image in its sample, of the tile in its image (row by
+    row), and 0 for the class token or 1 + row · patches_per_side + col. In the padding all are -1.
     """
 
     features: Tensor
@@ -118,7 +118,9 @@ class Visibility:
         shape: B, S and V of the pass.
     """
 
-    def __init__(self, sights: list[list[Sight]], shape: tuple[int, int, int], device: torch.device):
+    def __init__(
+        self, sights: list[list[Sight]], shape: tuple[int, int, int], device: torch.device
+    ):
         batch, rows, tokens = shape
         self.remembered = [row[-1].tokens if row else slice(0, 0) for row in sights]
         """The run of tokens, per sample, that rows after this pass can still read."""
