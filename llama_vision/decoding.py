@@ -65,7 +65,7 @@ class Generation:
 
     def __init__(
         self,
-        owner: LlamaVision,
+        owner: "LlamaVision",
         prompts: Sequence[Prompt],
         *,
         max_new_tokens: int = 256,
