@@ -17,6 +17,8 @@ from llama_vision.cache import Cache
 from llama_vision.image import TiledImage, tile_image
 from llama_vision.model import LlamaVisionModel
 
+torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
+
 GOLDEN = Path(__file__).parent / "golden"
 TINY = GOLDEN / "tiny"
 CASES = (
