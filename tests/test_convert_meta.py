@@ -535,7 +535,8 @@ def test_parts_of_different_models_are_refused(tiny_tensors, tiny_config, tmp_pa
     files = share_out(as_meta(tiny_tensors), 2)
     files[1]["text_model.norm.weight"] += 1
     message = refused(write_meta(tmp_path / "source", files), tmp_path / "target", tiny_config)
-    assert "text_model.norm.weight: differs between the parts" in message
+    assert "differ between the parts; are they of one model?\n  text_model.norm.weight" in message
+    assert not (tmp_path / "target").exists()
 
 
 @pytest.mark.parametrize("shape", [[64], [63, 64], [64, 63]])
@@ -645,7 +646,8 @@ def test_shard_sizes(text, size):
 
 
 @pytest.mark.parametrize("text", ["", "0GB", "-1GB", "five", "5TB"])
-def test_shard_sizes_that_are_none(text, tmp_path):
-    done = run("source", "target", f"--shard-size={text}", directory=tmp_path)
-    assert done.returncode == 2
-    assert "is no size; expected one like 5GB" in done.stderr
+def test_shard_sizes_that_are_none(text, capsys):
+    with pytest.raises(SystemExit) as ended:
+        convert_meta.main(["source", "target", f"--shard-size={text}"])
+    assert ended.value.code == 2
+    assert "is no size; expected one like 5GB" in capsys.readouterr().err
