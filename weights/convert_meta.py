@@ -5,7 +5,7 @@
 SOURCE holds `consolidated.pth` or `consolidated.00.pth`, `.01.pth`, … (model-parallel parts; the
 90B has eight), `params.json` and `tokenizer.model`, as Meta publishes them. TARGET becomes a
 directory in the layout of 2024; every number keeps the type it is stored in. The parts are mapped
-into memory and converted shard by shard, so a shard or two is all the memory it takes.
+into memory and converted shard by shard, so it takes the memory of one shard.
 
 Source of names, shapes and shares: llama_models/llama3/multimodal/model.py and the parallel layers
 of fairscale that it uses.
