@@ -25,6 +25,7 @@ NAME_TABLE = (
 )
 """Prefixes of one module in our tree and in both generations of files; below it names are equal."""
 
+EXAMPLE_REPO = "meta-llama/Llama-3.2-11B-Vision-Instruct"
 NEEDED_FILES = ("*.json", "tokenizer.model", "*.safetensors")
 UNNEEDED_FILES = ("original/*",)
 FLOATS = {
@@ -119,7 +120,7 @@ def find_checkpoint(source: str | Path) -> Path:
         what = "is a file" if directory.exists() else "does not exist"
         raise CheckpointError(
             f"model {source} {what}; expected a directory with config.json and *.safetensors, "
-            "or a repository id such as meta-llama/Llama-3.2-11B-Vision-Instruct"
+            f"or a repository id such as {EXAMPLE_REPO}"
         )
     try:
         cached = _snapshot(str(source), local_files_only=True)
@@ -188,8 +189,11 @@ def _explain(repo: str, error: Exception) -> str:
             f"no repository {repo}, or no right to see it; check the name, set HF_TOKEN if it is "
             "private, or pass a directory"
         )
+    if isinstance(error, hub_errors.HFValidationError):
+        return f"{repo!r} is no repository id; expected one such as {EXAMPLE_REPO}"
     first_line = (str(error).splitlines() or [""])[0]
-    if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+    answer = getattr(error.__cause__ or error, "response", None)
+    if getattr(answer, "status_code", None) in (401, 403):
         return (
             f"{repo} was refused ({first_line}); check HF_TOKEN (or run `hf auth login` again), "
             "or pass a directory with the files"
