@@ -1,5 +1,6 @@
 """What the tests share: the golden tensors of Meta's reference, and the tiny checkpoint."""
 
+import importlib.util
 import json
 import lzma
 from functools import cache
@@ -14,13 +15,16 @@ from torch.nn.utils.rnn import pad_sequence
 
 from llama_vision import LlamaVision, Prompt
 from llama_vision.cache import Cache
+from llama_vision.config import official_config
 from llama_vision.image import TiledImage, tile_image
 from llama_vision.model import LlamaVisionModel
+from llama_vision.tokenizer import Tokenizer, load_tokenizer
 
 torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = GOLDEN / "tiny"
+LLAMA_3 = official_config("11b").text
 CASES = (
     "image_first",
     "bos_image",
@@ -67,6 +71,13 @@ def case_images(case: str) -> list[list[TiledImage]]:
     ]
 
 
+def llama_3_file() -> Path:
+    """The real tokenizer.model, from the `llama-models` package of the test requirements."""
+    package = importlib.util.find_spec("llama_models")
+    assert package, "llama-models is not installed; pip install --no-deps llama-models==0.3.0"
+    return Path(package.submodule_search_locations[0]) / "llama3" / "tokenizer.model"
+
+
 def new_cache(model: LlamaVisionModel, batch: int, *, text: int = 64, images: int = 4) -> Cache:
     """A cache with room for `text` rows and `images` images of all tiles."""
     vision = model.config.vision
@@ -106,3 +117,9 @@ def assert_close(name: str, got: Tensor, want: Tensor, most: float) -> None:
 def tiny() -> LlamaVision:
     """The tiny reference checkpoint, float32 on the CPU."""
     return LlamaVision.from_pretrained(TINY, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def llama_3() -> Tokenizer:
+    """The real tokenizer of Llama 3."""
+    return load_tokenizer(llama_3_file().parent, LLAMA_3)

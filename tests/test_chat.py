@@ -1,11 +1,9 @@
 import pytest
 from conftest import golden_json
 from PIL import Image
-from test_tokenizer import LLAMA_3, llama_3_file
 
 from llama_vision.chat import PromptError, chat_prompt, completion_prompt, place_images
 from llama_vision.image import ImageError
-from llama_vision.tokenizer import load_tokenizer
 from llama_vision.visual import find_stretches
 
 GOLDEN = golden_json("tokenizer")
@@ -14,8 +12,8 @@ RED, BLUE = (Image.new("RGB", (4, 4), colour) for colour in ("red", "blue"))
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer(llama_3_file().parent, LLAMA_3)
+def tokenizer(llama_3):
+    return llama_3
 
 
 def with_images(content):

@@ -1,30 +1,21 @@
 import base64
 import dataclasses
-import importlib.util
 import io
 import json
 from pathlib import Path
 
 import pytest
 import sentencepiece
-from conftest import TINY, golden_json
+from conftest import LLAMA_3, TINY, golden_json, llama_3_file
 
-from llama_vision.config import Config, TextConfig, official_config
+from llama_vision.config import Config, TextConfig
 from llama_vision.tokenizer import TextStream, Tokenizer, TokenizerError, load_tokenizer
 
-LLAMA_3 = official_config("11b").text
 TINY_TEXT = Config.from_directory(TINY).text
 GOLDEN = golden_json("tokenizer")
 STRINGS = [case for case in GOLDEN["strings"] if "text" in case]
 RUNS = [case for case in GOLDEN["strings"] if "repeat" in case]
 MULTIBYTE = "naïve 😀👨‍👩‍👧‍👦🏽 日本語 ﷺ𝒳 한국어"
-
-
-def llama_3_file() -> Path:
-    """The real tokenizer.model, from the `llama-models` package of the test requirements."""
-    package = importlib.util.find_spec("llama_models")
-    assert package, "llama-models is not installed; pip install --no-deps llama-models==0.3.0"
-    return Path(package.submodule_search_locations[0]) / "llama3" / "tokenizer.model"
 
 
 def directory_with(tmp_path: Path, name: str, data: bytes) -> Path:
@@ -53,11 +44,6 @@ def sentencepiece_model(size: int = 400) -> bytes:
         minloglevel=2,
     )
     return model.getvalue()
-
-
-@pytest.fixture(scope="module")
-def llama_3() -> Tokenizer:
-    return load_tokenizer(llama_3_file().parent, LLAMA_3)
 
 
 @pytest.fixture(scope="module")
