@@ -13,6 +13,29 @@ Letters for dimensions, the same everywhere:
 
 from llama_vision.chat import Prompt
 from llama_vision.config import Config, LlamaVisionError
-from llama_vision.generation import Completion, LlamaVision
+from llama_vision.decoding import Completion
+from llama_vision.generation import LlamaVision
+from llama_vision.pruning import (
+    KeyNorm,
+    LastQuery,
+    Pruner,
+    RandomTokens,
+    TopK,
+    TrimmedLlama,
+    UniformGrid,
+)
 
-__all__ = ["Completion", "Config", "LlamaVision", "LlamaVisionError", "Prompt"]
+__all__ = [
+    "Completion",
+    "Config",
+    "KeyNorm",
+    "LastQuery",
+    "LlamaVision",
+    "LlamaVisionError",
+    "Prompt",
+    "Pruner",
+    "RandomTokens",
+    "TopK",
+    "TrimmedLlama",
+    "UniformGrid",
+]

@@ -79,7 +79,7 @@ def _with_dashes(argument: str) -> str:
 
 def run(options: argparse.Namespace) -> int:
     """Load, answer, report; Ctrl-C ends the answer and keeps what there is of it."""
-    from llama_vision.generation import Generation, LlamaVision
+    from llama_vision.generation import LlamaVision
     from llama_vision.image import open_image
 
     images = [open_image(path) for path in options.image]  # before the weights: they take longer
@@ -87,8 +87,7 @@ def run(options: argparse.Namespace) -> int:
     model = LlamaVision.from_pretrained(options.model, device=options.device, dtype=options.dtype)
     load_seconds = time.perf_counter() - start
     prompt = build_prompt(model, options, images)
-    generation = Generation(
-        model,
+    generation = model.start(
         [prompt],
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,

@@ -112,3 +112,29 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causa
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(
         batch, heads, rows, width
     )
+
+
+SCORE_BYTES = 8 * 2**20
+"""Scores that `attention_mass` holds at once."""
+
+
+def attention_mass(q: Tensor, k: Tensor) -> Tensor:
+    """How much attention each key gets from all queries together.
+
+    Goes over the queries in blocks, so that no [H, S, V] tensor is ever made.
+
+    Args:
+        q: [H, S, d], of one sample.
+        k: [K, V, d].
+
+    Returns:
+        [H, V], float32: softmax probabilities summed over S.
+    """
+    heads, groups, keys = q.shape[0], k.shape[0], k.shape[1]
+    keys_by_column = k.float().transpose(1, 2)  # [K, d, V]
+    q = q.unflatten(0, (groups, -1)) * q.shape[-1] ** -0.5  # [K, H/K, S, d]
+    mass = keys_by_column.new_zeros(groups, heads // groups, keys)
+    for block in q.split(max(1, SCORE_BYTES // (heads * keys * 4)), dim=2):
+        scores = block.float().flatten(1, 2) @ keys_by_column  # [K, H/K · rows, V]
+        mass += scores.softmax(dim=-1).unflatten(1, block.shape[1:3]).sum(dim=2)
+    return mass.flatten(0, 1)

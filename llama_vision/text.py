@@ -4,8 +4,7 @@ An image touches the text in the cross-attention blocks alone, and there only th
 values of its visual tokens. A text row that sees no image passes such a block unchanged.
 """
 
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Iterator, Sequence
 from itertools import count
 
 import torch
@@ -17,12 +16,21 @@ from llama_vision.layers import (
     GatedMLP,
     RMSNorm,
     attend,
+    attention_mass,
     merge_heads,
     rotary_angles,
     rotate,
     split_heads,
 )
-from llama_vision.visual import Sight, Visibility, VisualTokens, find_stretches
+from llama_vision.pruning import Pruner, check_keep_mask
+from llama_vision.visual import (
+    Sight,
+    Stretch,
+    Visibility,
+    VisualTokens,
+    find_stretches,
+    kept_first,
+)
 
 
 class TextDecoder(nn.Module):
@@ -38,26 +46,35 @@ class TextDecoder(nn.Module):
         self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
 
     def forward(
-        self, token_ids: Tensor, visual: VisualTokens | None, cache: Cache | None
+        self,
+        token_ids: Tensor,
+        lengths: Sequence[int],
+        visual: VisualTokens | None = None,
+        cache: Cache | None = None,
+        pruner: Pruner | None = None,
     ) -> Tensor:
         """Run the blocks over the next S rows of each sample.
 
         Args:
             token_ids: [B, S].
+            lengths: rows of each sample that are not padding.
             visual: tokens of the images whose ids are in `token_ids`; None if there are none.
             cache: holds what came before and receives these rows; without one they are the first.
+            pruner: asked, if there are images, after the first cross-attention block.
 
         Returns:
             [B, S, D], before the final norm.
         """
         text = TextPass(self.config, token_ids, cache)
-        sight = VisualPass(self.config, token_ids, visual, cache)
+        sight = VisualPass(self.config, token_ids, lengths, visual, cache, pruner)
         h = self.embed_tokens(token_ids)
         for block in self.layers:
             if isinstance(block, SelfAttentionBlock):
                 h = block(h, text)
             elif not sight.blind:
                 h = block(h, sight)
+                if sight.saliency is not None:
+                    sight.keep(pruner(sight.saliency, visual))
         return h
 
     def logits(self, h: Tensor) -> Tensor:
@@ -152,52 +169,119 @@ class VisualPass:
         self,
         config: TextConfig,
         token_ids: Tensor,
+        lengths: Sequence[int],
         visual: VisualTokens | None,
         cache: Cache | None,
+        pruner: Pruner | None,
     ):
-        batch, self.rows = token_ids.shape
+        self.batch, self.rows = token_ids.shape
+        self.row_counts = lengths
         self.device = token_ids.device
+        self.layers = len(config.cross_attention_layers)
         self.visual = visual
+        self.pruner = pruner if visual is not None else None
+        self.saliency: Tensor | None = None
+        """[B, H, V], from the first block on until the pruner has answered."""
+        self.values: Tensor | None = None
+        """[B, K, V, d], of the first block, beside `visual.keys`; likewise."""
         self.store = cache.visual if cache is not None else None
-        self.remembered = self.store.lengths if self.store is not None else [0] * batch
-        self.blind = visual is None and not any(self.remembered)
-        self.stretches = [[] for _ in range(batch)]
+        nothing = [[0] * self.batch] * self.layers
+        self.remembered = list(self.store.lengths) if self.store is not None else nothing
+        self.blind = visual is None and not any(map(any, self.remembered))
+        self.stretches: list[list[Stretch]] = [[] for _ in range(self.batch)]
         if visual is not None:
             ids = token_ids.tolist()
             self.stretches = [find_stretches(row, config.image_token_id) for row in ids]
+            if cache is not None:
+                cache.visual.note_images(self.stretches, cache.position)
+        self._visibility: dict[tuple[int, ...], Visibility] = {}
 
-    @cached_property
-    def visibility(self) -> Visibility:
+    def visibility(self, layer: int) -> Visibility:
         """Which row reads which of the tokens that `keys_values` gives."""
-        old = max(self.remembered)
+        remembered = tuple(self.remembered[layer])
+        if remembered not in self._visibility:
+            self._visibility[remembered] = self._see(remembered)
+        return self._visibility[remembered]
+
+    def _see(self, remembered: Sequence[int]) -> Visibility:
+        old = max(remembered)
         sights = []
         for sample, stretches in enumerate(self.stretches):
             first_new = stretches[0].rows.start if stretches else self.rows
             sights.append([])
-            if first_new > 0 and self.remembered[sample]:
-                sights[-1].append(Sight(slice(0, first_new), slice(0, self.remembered[sample])))
+            if first_new > 0 and remembered[sample]:
+                sights[-1].append(Sight(slice(0, first_new), slice(0, remembered[sample])))
             if self.visual is not None:
                 sights[-1].extend(s.shifted(old) for s in self.visual.sights(sample, stretches))
         new = max(self.visual.lengths) if self.visual is not None else 0
-        return Visibility(sights, (len(sights), self.rows, old + new), self.device)
+        return Visibility(sights, (self.batch, self.rows, old + new), self.device)
 
     def keys_values(self, attention: "CrossAttention") -> tuple[Tensor, Tensor]:
         """Remembered tokens, then those of this pass, which are projected here and only here.
 
         Returns:
-            Two of [B, K, V, d]. What later passes can still read of them is in the cache now.
+            Two of [B, K, V, d]. What later passes can still read of them is in the cache now,
+            unless a pruner is yet to choose among them.
         """
-        parts = []
-        if any(self.remembered):
-            parts.append(self.store.read(attention.layer, max(self.remembered)))
-        if self.visual is not None:
-            parts.append(attention.project(self.visual.features))
-        keys, values = (
-            torch.cat(p, dim=2) if len(p) > 1 else p[0] for p in zip(*parts, strict=True)
-        )
-        if self.visual is not None and self.store is not None:
-            self.store.write(attention.layer, keys, values, self.visibility.remembered)
+        layer, old = attention.layer, max(self.remembered[attention.layer])
+        if self.visual is None:
+            return self.store.read(layer, old)
+        keys, values = attention.project(self.visual.features)
+        if self.pruner is not None:
+            self.visual.keys, self.values = keys, values
+        if self.store is None:
+            return keys, values
+        if layer == self.layers - 1:
+            self.visual.release()
+        keys, values = self._behind(layer, keys, values)
+        if self.pruner is None:
+            self.store.write(layer, keys, values, self.visibility(layer).remembered)
         return keys, values
+
+    def score(self, attention: "CrossAttention", q: Tensor, k: Tensor) -> None:
+        """Note the attention that q [B, H, S, d] pays the new tokens among k [B, K, V, d]."""
+        old = max(self.remembered[attention.layer])
+        tokens = k.shape[2] - old
+        self.saliency = q.new_zeros(self.batch, q.shape[1], tokens, dtype=torch.float32)
+        for sample, sights in enumerate(self.visibility(attention.layer).sights):
+            for sight in sights:
+                if sight.tokens.start >= old:
+                    voters = self._voters(sample, sight.rows)
+                    new = slice(sight.tokens.start - old, sight.tokens.stop - old)
+                    mass = attention_mass(q[sample, :, voters], k[sample, :, sight.tokens])
+                    self.saliency[sample, :, new] += mass
+
+    def _voters(self, sample: int, rows: slice) -> slice:
+        """Those of the rows whose attention counts; the first of them is an image's own."""
+        votes = getattr(self.pruner, "votes", "all")
+        end = min(rows.stop, self.row_counts[sample])
+        start = {"all": rows.start, "after": rows.start + 1, "last": self.row_counts[sample] - 1}
+        return slice(max(rows.start, start[votes]), end)
+
+    def keep(self, mask: Tensor) -> None:
+        """Take the pruner's answer [B, V]: go on with those tokens, and remember only them."""
+        layer, whole, pruner = 0, self.visual, self.pruner
+        whole.kept = mask = check_keep_mask(mask, pruner, whole)
+        keys, values, runs = whole.keys, self.values, self.visibility(layer).remembered
+        self.visual = whole.select(mask)
+        self.pruner = self.saliency = self.values = None
+        self._visibility.clear()
+        if self.store is None:
+            return
+        whole.release()
+        if getattr(pruner, "trim_first_layer", True):
+            index = kept_first(mask)[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+            keys, values = keys.gather(2, index), values.gather(2, index)
+            runs = self.visibility(layer).remembered
+        self.store.write(layer, *self._behind(layer, keys, values), runs)
+
+    def _behind(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """New keys and values, behind those that the cache remembers."""
+        old = max(self.remembered[layer])
+        if not old:
+            return keys, values
+        old_keys, old_values = self.store.read(layer, old)
+        return torch.cat([old_keys, keys], dim=2), torch.cat([old_values, values], dim=2)
 
 
 class CrossAttentionBlock(nn.Module):
@@ -222,8 +306,9 @@ class CrossAttentionBlock(nn.Module):
         attention = self.cross_attn(self.input_layernorm(x), sight)
         x = x + self.cross_attn_attn_gate.tanh() * attention
         hidden = self.mlp(self.post_attention_layernorm(x))
-        if sight.visibility.seen is not None:
-            hidden = hidden * sight.visibility.seen
+        seen = sight.visibility(self.cross_attn.layer).seen
+        if seen is not None:
+            hidden = hidden * seen
         return x + self.cross_attn_mlp_gate.tanh() * hidden
 
 
@@ -246,7 +331,9 @@ class CrossAttention(nn.Module):
         """[B, S, D] -> [B, S, D]; zero for rows that see nothing."""
         q = self.q_norm(split_heads(self.q_proj(x), self.heads))
         k, v = sight.keys_values(self)
-        return self.o_proj(merge_heads(attend_visible(q, k, v, sight.visibility)))
+        if sight.pruner is not None:
+            sight.score(self, q, k)
+        return self.o_proj(merge_heads(attend_visible(q, k, v, sight.visibility(self.layer))))
 
     def project(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of visual tokens: [B, V, D] -> two of [B, K, V, d]."""
