@@ -1,17 +1,17 @@
 """Official safetensors into modules: where they are, a name table, and a proof."""
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub import errors as hub_errors
-from huggingface_hub import snapshot_download
-from huggingface_hub.utils import tqdm
+from huggingface_hub.utils import tqdm, validate_repo_id
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from llama_vision.config import DTYPES, Config, LlamaVisionError, SettingError
 from llama_vision.model import LlamaVisionModel
@@ -27,7 +27,14 @@ NAME_TABLE = (
 
 NEEDED_FILES = ("*.json", "tokenizer.model", "*.safetensors")
 UNNEEDED_FILES = ("original/*",)
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+BUFFER_BYTES = 16 * 2**20
+"""Files are read in pieces of this size: all that loading needs beside the model itself."""
 
 
 class CheckpointError(LlamaVisionError):
@@ -40,6 +47,8 @@ class Entry(NamedTuple):
     shard: Path
     shape: tuple[int, ...]
     dtype: str
+    offset: int
+    """Where in the file its bytes begin."""
 
 
 def official_names(names: list[str], newer: bool = False) -> dict[str, str]:
@@ -97,8 +106,8 @@ def find_checkpoint(source: str | Path) -> Path:
 
     Args:
         source: a directory, or the id of a Hugging Face repository, which is looked for in the
-            local cache first and then downloaded (HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE and HF_TOKEN
-            are respected; of the files only those needed are fetched).
+            local cache first and then downloaded (HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE and
+            HF_TOKEN are respected; of the files only those needed are fetched).
 
     Raises:
         CheckpointError: neither, or the repository cannot be had; says what to do.
@@ -106,27 +115,37 @@ def find_checkpoint(source: str | Path) -> Path:
     directory = Path(source).expanduser()
     if directory.is_dir():
         return directory
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source).startswith("."):
+    if directory.exists() or not _is_repo_id(str(source)):
         what = "is a file" if directory.exists() else "does not exist"
         raise CheckpointError(
             f"model {source} {what}; expected a directory with config.json and *.safetensors, "
             "or a repository id such as meta-llama/Llama-3.2-11B-Vision-Instruct"
         )
     try:
-        cached = Path(_snapshot(str(source), local_files_only=True))
+        cached = _snapshot(str(source), local_files_only=True)
         if _is_complete(cached):
             return cached
     except hub_errors.LocalEntryNotFoundError:
         pass
-    return _download(str(source))
+    return download(str(source))
 
 
-def _snapshot(repo: str, local_files_only: bool = False) -> str:
-    return snapshot_download(
-        repo,
-        allow_patterns=list(NEEDED_FILES),
-        ignore_patterns=list(UNNEEDED_FILES),
-        local_files_only=local_files_only,
+def _is_repo_id(source: str) -> bool:
+    try:
+        validate_repo_id(source)
+    except hub_errors.HFValidationError:
+        return False
+    return source.count("/") == 1
+
+
+def _snapshot(repo: str, **how: Any) -> Path:
+    return Path(
+        snapshot_download(
+            repo,
+            allow_patterns=list(NEEDED_FILES),
+            ignore_patterns=list(UNNEEDED_FILES),
+            **how,
+        )
     )
 
 
@@ -137,25 +156,49 @@ def _is_complete(directory: Path) -> bool:
         return False
 
 
-def _download(repo: str) -> Path:
+def download(repo: str, *, to: Path | None = None, token: str | None = None) -> Path:
+    """Fetch the needed files of a Hugging Face repository; those already here are left alone.
+
+    Args:
+        to: a directory for them; None for the local cache.
+        token: None for HF_TOKEN, or the one that `hf auth login` stored.
+
+    Raises:
+        CheckpointError: gated, unknown or out of reach; says what to do.
+    """
     try:
-        return Path(_snapshot(repo))
-    except hub_errors.GatedRepoError:
-        raise CheckpointError(
+        if to is None:
+            return _snapshot(repo, token=token)
+        # Out of reach, snapshot_download would be content with whatever is in `to`: ask first.
+        commit = HfApi(token=token).model_info(repo).sha
+        return _snapshot(repo, token=token, local_dir=to, revision=commit)
+    except Exception as error:  # the HTTP client's own errors among them, which differ by version
+        raise CheckpointError(_explain(repo, error)) from None
+
+
+def _explain(repo: str, error: Exception) -> str:
+    """Why a repository could not be had, and what to do."""
+    if isinstance(error, hub_errors.GatedRepoError):
+        return (
             f"{repo} is gated and this account may not read it; accept the licence on its page, "
             "then set HF_TOKEN (or run `hf auth login`), or pass a directory with the files"
-        ) from None
-    except hub_errors.RepositoryNotFoundError:
-        raise CheckpointError(
+        )
+    if isinstance(error, hub_errors.RepositoryNotFoundError):
+        return (
             f"no repository {repo}, or no right to see it; check the name, set HF_TOKEN if it is "
             "private, or pass a directory"
-        ) from None
-    except (OSError, hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError) as error:
-        raise CheckpointError(
-            f"{repo} is not in the local cache and cannot be downloaded "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}); "
-            "check the network and HF_HUB_OFFLINE, or pass a directory with the files"
-        ) from None
+        )
+    first_line = (str(error).splitlines() or [""])[0]
+    if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+        return (
+            f"{repo} was refused ({first_line}); check HF_TOKEN (or run `hf auth login` again), "
+            "or pass a directory with the files"
+        )
+    return (
+        f"{repo} is not complete in the local cache and cannot be downloaded "
+        f"({type(error).__name__}: {first_line}); "
+        "check the network and HF_HUB_OFFLINE, or pass a directory with the files"
+    )
 
 
 def find_shards(directory: Path) -> list[Path]:
@@ -168,10 +211,9 @@ def find_shards(directory: Path) -> list[Path]:
     single = directory / "model.safetensors"
     if index.is_file():
         try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted({str(Path(name)) for name in weight_map.values()})
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{index} is damaged ({error!r}); fetch it again") from None
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:
@@ -202,21 +244,35 @@ def read_headers(shards: list[Path]) -> dict[str, Entry]:
     """
     entries: dict[str, Entry] = {}
     for shard in shards:
-        try:
-            with safe_open(shard, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (not a mapping)
-                    tensor = file.get_slice(name)
-                    if name in entries:
-                        raise CheckpointError(
-                            f"{name} is in both {entries[name].shard.name} and {shard.name}"
-                        )
-                    entries[name] = Entry(shard, tuple(tensor.get_shape()), tensor.get_dtype())
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{shard} is damaged or cut short ({error}; {shard.stat().st_size:,} bytes); "
-                "fetch it again"
-            ) from None
+        for name, entry in _read_header(shard).items():
+            if name in entries:
+                raise CheckpointError(
+                    f"{name} is in both {entries[name].shard.name} and {shard.name}"
+                )
+            entries[name] = entry
     return entries
+
+
+def _read_header(shard: Path) -> dict[str, Entry]:
+    """The tensors of one safetensors file: a length in 8 bytes, so much JSON, then their bytes."""
+    try:
+        with safe_open(shard, framework="pt"):
+            pass  # it proves that the header is sound and the file as long as it says
+        with shard.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{shard} is damaged or cut short ({error}; {shard.stat().st_size:,} bytes); "
+            "fetch it again"
+        ) from None
+    header.pop("__metadata__", None)
+    return {
+        name: Entry(
+            shard, tuple(about["shape"]), about["dtype"], 8 + length + about["data_offsets"][0]
+        )
+        for name, about in header.items()
+    }
 
 
 def match_names(
@@ -240,7 +296,7 @@ def match_names(
             for name, ours in names.items()
             if name in entries and entries[name].shape != tuple(expected[ours].shape)
         ],
-        "not floating point": [
+        "of an unsupported type": [
             f"{name} ({entry.dtype})"
             for name, entry in entries.items()
             if name in names and entry.dtype not in FLOATS
@@ -264,26 +320,51 @@ def load_model(
 ) -> LlamaVisionModel:
     """Build the model on the meta device and fill it shard by shard on the target device.
 
-    On a CPU, tensors that need no conversion stay views of the mapped file: no copy at all.
+    The files are read, not mapped: afterwards the model does not depend on them.
 
     Raises:
         CheckpointError: see `find_shards`, `read_headers`, `match_names`.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         model = LlamaVisionModel(config)
     entries = read_headers(find_shards(directory))
     names = match_names(dict(model.named_parameters()), entries)
-    # Largest first would show progress best, but one shard after the other reads the disk in order.
+    in_file_order = sorted(names, key=lambda name: (entries[name].shard, entries[name].offset))
+    buffer = bytearray(BUFFER_BYTES)
     with tqdm(total=len(names), desc="loading", unit="tensor", disable=None, leave=False) as bar:
-        for name in sorted(names, key=lambda name: entries[name].shard):
-            # A file is opened anew for each tensor: closing it gives back the pages it had mapped.
-            with safe_open(entries[name].shard, framework="pt", device=str(device)) as file:
-                _fill(model, names[name], file.get_tensor(name).to(dtype))
+        for name in in_file_order:
+            _fill(model, names[name], _read(entries[name], buffer, device, dtype))
             bar.update()
     return model.eval()
 
 
-def _fill(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+class _Unfilled(TorchFunctionMode):
+    """Modules built under it skip `torch.nn.init`: the checkpoint fills every parameter.
+
+    On the meta device there is nothing to fill, and a random fill costs the import of a compiler.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+def _read(entry: Entry, buffer: bytearray, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """One tensor, through the buffer, to its place and type."""
+    stored = FLOATS[entry.dtype]
+    tensor = torch.empty(entry.shape, dtype=dtype, device=device)
+    with entry.shard.open("rb") as file:
+        file.seek(entry.offset)
+        for part in tensor.view(-1).split(len(buffer) // stored.itemsize):
+            size = part.numel() * stored.itemsize
+            if file.readinto(memoryview(buffer)[:size]) != size:
+                raise CheckpointError(f"{entry.shard} became shorter while it was read")
+            part.copy_(torch.frombuffer(buffer, dtype=stored, count=part.numel()))
+    return tensor
+
+
+def _fill(model: nn.Module, name: str, tensor: Tensor) -> None:
     module_name, _, leaf = name.rpartition(".")
     parameter = nn.Parameter(tensor, requires_grad=False)
     setattr(model.get_submodule(module_name), leaf, parameter)

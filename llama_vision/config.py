@@ -18,6 +18,9 @@ DTYPES = {
     "float16": torch.float16,
 }
 
+MOST_TILES = 1024
+"""Far beyond any published model: a larger `max_num_tiles` is a damaged file."""
+
 EXTRA_EMBEDDINGS = 8
 """Rows of the embedding past the vocabulary; the first is `<|image|>`. The head has none."""
 
@@ -247,10 +250,10 @@ class _Fields:
         if self.data.get(field) != supported:
             raise self.fail(field, f"{supported!r}, the only one supported")
 
-    def integer(self, field: str, least: int = 1) -> int:
+    def integer(self, field: str, least: int = 1, most: int = 2**31 - 1) -> int:
         value = self.data.get(field)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise self.fail(field, f"an integer of at least {least}")
+        if type(value) is not int or not least <= value <= most:
+            raise self.fail(field, f"an integer from {least} to {most}")
         return value
 
     def number(self, field: str) -> float:
@@ -287,7 +290,7 @@ def _vision_config(fields: _Fields) -> VisionConfig:
         ),
         image_size=fields.integer("image_size"),
         patch_size=fields.integer("patch_size"),
-        max_num_tiles=fields.integer("max_num_tiles"),
+        max_num_tiles=fields.integer("max_num_tiles", most=MOST_TILES),
         num_channels=fields.integer("num_channels"),
         norm_eps=fields.number("norm_eps"),
     )
@@ -370,7 +373,7 @@ def _dtype(data: dict[str, Any]) -> torch.dtype:
     for section in (data, data["text_config"]):
         for field in ("dtype", "torch_dtype"):
             name = section.get(field)
-            if name in DTYPES:
+            if isinstance(name, str) and name in DTYPES:
                 return DTYPES[name]
             if name is not None:
                 raise _Fields(section, "").fail(field, f"one of {', '.join(DTYPES)}")

@@ -10,9 +10,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from llama_vision import LlamaVision, Prompt
+from llama_vision.cache import Cache
 from llama_vision.image import TiledImage, tile_image
+from llama_vision.model import LlamaVisionModel
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = GOLDEN / "tiny"
@@ -60,6 +63,32 @@ def case_images(case: str) -> list[list[TiledImage]]:
         [tile_image(image, tile_size=56, max_tiles=4) for image in prompt.images]
         for prompt in case_prompts(case)
     ]
+
+
+def new_cache(model: LlamaVisionModel, batch: int, *, text: int = 64, images: int = 4) -> Cache:
+    """A cache with room for `text` rows and `images` images of all tiles."""
+    vision = model.config.vision
+    return Cache(
+        model.config.text,
+        batch=batch,
+        max_text_tokens=text,
+        visual_capacity=images * vision.max_num_tiles * vision.tokens_per_tile,
+        dtype=model.dtype,
+    )
+
+
+@torch.inference_mode()
+def run_batch(
+    model: LlamaVisionModel,
+    token_ids: list[list[int]],
+    images: list[list[TiledImage]],
+    cache: Cache | None = None,
+) -> list[Tensor]:
+    """One pass over the next rows of each sample: the logits of those rows, without padding."""
+    lengths = [len(ids) for ids in token_ids]
+    padded = pad_sequence([torch.tensor(ids) for ids in token_ids], batch_first=True)
+    logits = model(padded, model.encode_images(images), lengths=lengths, cache=cache)
+    return [row[:length] for row, length in zip(logits, lengths, strict=True)]
 
 
 def assert_close(name: str, got: Tensor, want: Tensor, most: float) -> None:
