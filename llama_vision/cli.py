@@ -15,6 +15,15 @@ if TYPE_CHECKING:
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
+PRUNERS = {
+    "top-k": "TopK",
+    "last-query": "LastQuery",
+    "key-norm": "KeyNorm",
+    "uniform": "UniformGrid",
+    "random": "RandomTokens",
+}
+"""Names on the command line, and the classes of `llama_vision.pruning` that they stand for."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code. A user's mistake is 2 and one message."""
@@ -63,10 +72,48 @@ def read_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
     add("--max-seq-len", type=int, metavar="N", help="most tokens of prompt and answer together")
     add("--max-tiles", type=int, metavar="N", help="most tiles an image is cut into")
+    add(
+        "--k-ratio",
+        type=float,
+        metavar="R",
+        help="prune with Trimmed Llama: top-k per head, k = R·V",
+    )
+    add("--pruner", choices=PRUNERS, help="prune with a baseline; needs --keep")
+    add(
+        "--keep", type=number, metavar="R|N", help="visual tokens to keep: 0.5 is half, 800 a count"
+    )
+    add(
+        "--visual-budget",
+        type=number,
+        metavar="R|N",
+        help="most visual tokens to keep, and the size of their cache",
+    )
     add("--ignore-stop", action="store_true", help="go on past stop tokens")
     add("--stats", action="store_true", help="print tokens, memory and times to stderr")
     add("--json", action="store_true", help="print one JSON object on the last line of stdout")
     return parser.parse_args([_with_dashes(argument) for argument in arguments])
+
+
+def number(text: str) -> int | float:
+    """`800` is a count, `0.5` a fraction."""
+    return int(text) if text.lstrip("-").isdigit() else float(text)
+
+
+def build_pruner(options: argparse.Namespace) -> "Pruner | None":
+    """The rule that --k-ratio or --pruner asks for."""
+    from llama_vision import pruning
+
+    if (options.pruner is None) != (options.keep is None):
+        raise pruning.PruningError("--pruner NAME and --keep R|N need each other; give both")
+    if options.k_ratio is not None and options.pruner is not None:
+        raise pruning.PruningError("--k-ratio is Trimmed Llama; leave out --k-ratio or --pruner")
+    if options.k_ratio is not None:
+        return pruning.TrimmedLlama(options.k_ratio)
+    if options.pruner is None:
+        return None
+    rule = getattr(pruning, PRUNERS[options.pruner])
+    seed = {"seed": options.seed or 0} if options.pruner == "random" else {}
+    return rule(options.keep, **seed)
 
 
 def _with_dashes(argument: str) -> str:
@@ -82,6 +129,7 @@ def run(options: argparse.Namespace) -> int:
     from llama_vision.generation import LlamaVision
     from llama_vision.image import open_image
 
+    pruner = build_pruner(options)
     images = [open_image(path) for path in options.image]  # before the weights: they take longer
     start = time.perf_counter()
     model = LlamaVision.from_pretrained(options.model, device=options.device, dtype=options.dtype)
@@ -94,6 +142,8 @@ def run(options: argparse.Namespace) -> int:
         top_p=options.top_p,
         top_k=options.top_k,
         seed=options.seed,
+        pruner=pruner,
+        visual_budget=options.visual_budget,
         ignore_stop=options.ignore_stop,
         max_seq_len=options.max_seq_len,
         max_tiles=options.max_tiles,
