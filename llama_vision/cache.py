@@ -37,7 +37,8 @@ class Cache:
 
     Args:
         max_text_tokens: text rows that each sample can hold.
-        visual_capacity: visual tokens that each sample can hold, in each cross-attention layer.
+        visual_capacity: visual tokens that each sample can hold, in each cross-attention layer;
+            None to take, at every prefill, exactly the room for what is left after pruning.
         first_visual_capacity: those of the first such layer, where a pruner leaves it whole.
     """
 
@@ -47,16 +48,16 @@ class Cache:
         *,
         batch: int,
         max_text_tokens: int,
-        visual_capacity: int,
+        visual_capacity: int | None,
         first_visual_capacity: int | None = None,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ):
         text, visual = _shapes(
-            config, batch, max_text_tokens, visual_capacity, first_visual_capacity
+            config, batch, max_text_tokens, visual_capacity or 0, first_visual_capacity
         )
         self.text = TextStore(text, dtype, device)
-        self.visual = VisualStore(visual, dtype, device)
+        self.visual = VisualStore(visual, dtype, device, fixed=visual_capacity is not None)
 
     @staticmethod
     def plan(
@@ -203,8 +204,16 @@ class TextStore(_Store):
 class VisualStore(_Store):
     """Cross-attention keys and values of the visual tokens that later rows can still read."""
 
-    def __init__(self, shapes: list[torch.Size], dtype: torch.dtype, device: torch.device | str):
+    def __init__(
+        self,
+        shapes: list[torch.Size],
+        dtype: torch.dtype,
+        device: torch.device | str,
+        fixed: bool = True,
+    ):
         super().__init__(shapes, dtype, device)
+        self.fixed = fixed
+        """Whether the capacity was given; if not, `write` takes what it needs."""
         self.lengths = [[0] * self.batch for _ in shapes]
         """Tokens that each layer holds, of each sample."""
         self.image_rows: list[tuple[int, int] | None] = [None] * self.batch
@@ -229,6 +238,8 @@ class VisualStore(_Store):
             CacheError: a run is longer than the capacity.
         """
         lengths = [run.stop - run.start for run in runs]
+        if not self.fixed:
+            self._resize(layer, max(lengths))
         capacity = self.capacities[layer]
         if max(lengths) > capacity:
             raise CacheError(
@@ -239,6 +250,13 @@ class VisualStore(_Store):
             self.keys[layer][sample, :, : lengths[sample]] = keys[sample, :, run]
             self.values[layer][sample, :, : lengths[sample]] = values[sample, :, run]
         self.lengths[layer] = lengths
+
+    def _resize(self, layer: int, rows: int) -> None:
+        """Make room for exactly so many rows in one layer, which is about to be written anew."""
+        for stores in (self.keys, self.values):
+            batch, heads, held, width = stores[layer].shape
+            if held != rows:
+                stores[layer] = stores[layer].new_zeros(batch, heads, rows, width)
 
     def keep(self, mask: Tensor) -> None:
         """Compact every layer in place, in order, sample by sample.

@@ -168,13 +168,15 @@ class Generation:
         return step
 
     def _allocate(self) -> Cache:
-        """The cache: room for the limits' text rows, and for what decoding reads or the budget.
+        """The cache: room for the limits' text rows, and for the budget or what decoding reads.
+
+        What a pruner leaves without a budget is not known yet: the store then takes it in prefill.
 
         Raises:
             PruningError: without a pruner, the budget is less than what decoding reads.
         """
         needs = [self._visual_need(sample) for sample in range(len(self.prompts))]
-        capacity = max(needs)
+        capacity = max(needs) if self.pruner is None else None
         if self.budget is not None:
             capacity = max(self.budget)
             for need, most in zip(needs, self.budget, strict=True):
