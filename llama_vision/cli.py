@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llama_vision.chat import Prompt
-    from llama_vision.generation import Generation, LlamaVision
+    from llama_vision.decoding import Generation
+    from llama_vision.generation import LlamaVision
+    from llama_vision.pruning import Pruner
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
