@@ -16,7 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from llama_vision.config import DTYPES, official_config
 from llama_vision.layers import attention_mass
-from llama_vision.text import CrossAttentionBlock, VisualPass
+from llama_vision.passes import VisualPass
+from llama_vision.text import CrossAttentionBlock
 from llama_vision.visual import VisualTokens
 
 
