@@ -2,40 +2,46 @@
 
 import argparse
 import json
-import resource
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn
 
-if TYPE_CHECKING:
-    from llama_vision.chat import Prompt
-    from llama_vision.decoding import Generation
-    from llama_vision.generation import LlamaVision
-    from llama_vision.pruning import Pruner
+import torch
+
+from llama_vision.chat import Prompt, PromptError, chat_prompt, completion_prompt, place_images
+from llama_vision.config import LlamaVisionError
+from llama_vision.decoding import Generation
+from llama_vision.generation import LlamaVision
+from llama_vision.image import open_image
+from llama_vision.pruning import (
+    KeyNorm,
+    LastQuery,
+    Pruner,
+    PruningError,
+    RandomTokens,
+    TopK,
+    TrimmedLlama,
+    UniformGrid,
+)
+from llama_vision.tokenizer import PlainBytes
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
 PRUNERS = {
-    "top-k": "TopK",
-    "last-query": "LastQuery",
-    "key-norm": "KeyNorm",
-    "uniform": "UniformGrid",
-    "random": "RandomTokens",
+    "top-k": TopK,
+    "last-query": LastQuery,
+    "key-norm": KeyNorm,
+    "uniform": UniformGrid,
+    "random": RandomTokens,
 }
-"""Names on the command line, and the classes of `llama_vision.pruning` that they stand for."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code. A user's mistake is 2 and one message."""
-    options = read_arguments(sys.argv[1:] if arguments is None else arguments)
     try:
-        from llama_vision.config import LlamaVisionError  # torch is slow to import: not for --help
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    try:
-        return run(options)
+        return run(read_arguments(sys.argv[1:] if arguments is None else arguments))
     except LlamaVisionError as error:
         print(f"llama-vision: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -47,9 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse with one message for a mistake, and no page of usage around it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"{self.prog}: {message}; see --help\n")
+
+
 def read_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; `--max-new-tokens`, `--max_new_tokens` and `--max-tokens` are one."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="llama-vision",
         description="Ask Llama-3.2-Vision about pictures.",
         epilog="Text streams to stdout; progress, statistics and problems go to stderr.",
@@ -101,19 +114,17 @@ def number(text: str) -> int | float:
     return int(text) if text.lstrip("-").isdigit() else float(text)
 
 
-def build_pruner(options: argparse.Namespace) -> "Pruner | None":
+def build_pruner(options: argparse.Namespace) -> Pruner | None:
     """The rule that --k-ratio or --pruner asks for."""
-    from llama_vision import pruning
-
     if (options.pruner is None) != (options.keep is None):
-        raise pruning.PruningError("--pruner NAME and --keep R|N need each other; give both")
+        raise PruningError("--pruner NAME and --keep R|N need each other; give both")
     if options.k_ratio is not None and options.pruner is not None:
-        raise pruning.PruningError("--k-ratio is Trimmed Llama; leave out --k-ratio or --pruner")
+        raise PruningError("--k-ratio is Trimmed Llama; leave out --k-ratio or --pruner")
     if options.k_ratio is not None:
-        return pruning.TrimmedLlama(options.k_ratio)
+        return TrimmedLlama(options.k_ratio)
     if options.pruner is None:
         return None
-    rule = getattr(pruning, PRUNERS[options.pruner])
+    rule = PRUNERS[options.pruner]
     seed = {"seed": options.seed or 0} if options.pruner == "random" else {}
     return rule(options.keep, **seed)
 
@@ -128,14 +139,15 @@ def _with_dashes(argument: str) -> str:
 
 def run(options: argparse.Namespace) -> int:
     """Load, answer, report; Ctrl-C ends the answer and keeps what there is of it."""
-    from llama_vision.generation import LlamaVision
-    from llama_vision.image import open_image
 
     pruner = build_pruner(options)
     images = [open_image(path) for path in options.image]  # before the weights: they take longer
     start = time.perf_counter()
     model = LlamaVision.from_pretrained(options.model, device=options.device, dtype=options.dtype)
     load_seconds = time.perf_counter() - start
+    if model.tokenizer is not None and isinstance(model.tokenizer.vocabulary, PlainBytes):
+        note = "the checkpoint has no tokenizer; text is read and written as plain bytes"
+        print(f"llama-vision: {note}", file=sys.stderr)
     prompt = build_prompt(model, options, images)
     generation = model.start(
         [prompt],
@@ -165,9 +177,8 @@ def run(options: argparse.Namespace) -> int:
     return exit_code
 
 
-def build_prompt(model: "LlamaVision", options: argparse.Namespace, images: list[Any]) -> "Prompt":
+def build_prompt(model: LlamaVision, options: argparse.Namespace, images: list[Any]) -> Prompt:
     """A chat of one turn, or with --raw a completion."""
-    from llama_vision.chat import PromptError, chat_prompt, completion_prompt, place_images
 
     tokenizer = model.need_tokenizer()
     if options.raw:
@@ -182,9 +193,9 @@ def build_prompt(model: "LlamaVision", options: argparse.Namespace, images: list
 
 def make_report(
     name: str,
-    model: "LlamaVision",
-    prompt: "Prompt",
-    generation: "Generation",
+    model: LlamaVision,
+    prompt: Prompt,
+    generation: Generation,
     load_seconds: float,
 ) -> dict[str, Any]:
     """What --json prints: bytes, seconds, and the completion itself."""
@@ -212,12 +223,17 @@ def make_report(
     }
 
 
-def peak_memory(device: Any) -> int:
-    """Most bytes in use so far: the allocator's count on CUDA, this process's elsewhere."""
-    if device.type == "cuda":
-        import torch
+def peak_memory(device: torch.device) -> int | None:
+    """Most bytes in use so far: the allocator's count on CUDA, this process's elsewhere.
 
+    None where the system does not say (Windows, without CUDA).
+    """
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return None
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts in bytes or in kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -225,7 +241,7 @@ def peak_memory(device: Any) -> int:
 def format_stats(report: dict[str, Any]) -> str:
     """The report as a few lines for people."""
     tokens, memory, seconds = report["visual_tokens"], report["memory"], report["seconds"]
-    sizes = "  ".join(f"{name} {human_bytes(size)}" for name, size in memory.items())
+    sizes = "  ".join(f"{name} {human_bytes(size)}" for name, size in memory.items() if size)
     times = "  ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
     return (
         f"tokens   prompt {len(report['prompt_token_ids'])}  "
