@@ -57,8 +57,8 @@ def rotary_frequencies(config: TextConfig, device: torch.device) -> Tensor:
     if scaling is not None:
         turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        unstretched = ((turns - low) / (high - low)).clamp(0, 1)
-        frequencies *= (1 - unstretched) / scaling.factor + unstretched
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = (1 - kept) * frequencies / scaling.factor + kept * frequencies
     return frequencies.to(device)
 
 

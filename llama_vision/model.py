@@ -73,6 +73,9 @@ class LlamaVisionModel(nn.Module):
     ) -> Tensor:
         """Logits of the next S tokens of each sample.
 
+        A pass begins a new group of images: `<|image|>` ids that follow each other directly belong
+        in one pass.
+
         Args:
             token_ids: [B, S], padded on the right.
             visual: from `encode_images`, of the images whose ids are in `token_ids`. With a cache
