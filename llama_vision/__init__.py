@@ -1,7 +1,8 @@
 """Llama-3.2-Vision in pure PyTorch, exact and readable.
 
 Read in this order: config, image, tokenizer, chat; then the model from the inside out: layers,
-visual, vision, cache, text, model; then what runs it: checkpoint, sampling, generation, cli.
+visual, vision, cache, pruning, passes, text, model; then what runs it: checkpoint, sampling,
+decoding, generation, cli.
 
 Letters for dimensions, the same everywhere:
     B  batch                          S  text rows of this pass        L  text rows cached
@@ -11,8 +12,36 @@ Letters for dimensions, the same everywhere:
     H  query heads                    K  key/value heads
 """
 
+import warnings
+
+# torch says this on import; it works without NumPy, and so does this package.
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+
 from llama_vision.chat import Prompt
 from llama_vision.config import Config, LlamaVisionError
-from llama_vision.generation import Completion, LlamaVision
+from llama_vision.decoding import Completion
+from llama_vision.generation import LlamaVision
+from llama_vision.pruning import (
+    KeyNorm,
+    LastQuery,
+    Pruner,
+    RandomTokens,
+    TopK,
+    TrimmedLlama,
+    UniformGrid,
+)
 
-__all__ = ["Completion", "Config", "LlamaVision", "LlamaVisionError", "Prompt"]
+__all__ = [
+    "Completion",
+    "Config",
+    "KeyNorm",
+    "LastQuery",
+    "LlamaVision",
+    "LlamaVisionError",
+    "Prompt",
+    "Pruner",
+    "RandomTokens",
+    "TopK",
+    "TrimmedLlama",
+    "UniformGrid",
+]

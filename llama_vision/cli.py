@@ -2,29 +2,46 @@
 
 import argparse
 import json
-import resource
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn
 
-if TYPE_CHECKING:
-    from llama_vision.chat import Prompt
-    from llama_vision.generation import Generation, LlamaVision
+import torch
+
+from llama_vision.chat import Prompt, PromptError, chat_prompt, completion_prompt, place_images
+from llama_vision.config import LlamaVisionError
+from llama_vision.decoding import Generation
+from llama_vision.generation import LlamaVision
+from llama_vision.image import open_image
+from llama_vision.pruning import (
+    KeyNorm,
+    LastQuery,
+    Pruner,
+    PruningError,
+    RandomTokens,
+    TopK,
+    TrimmedLlama,
+    UniformGrid,
+)
+from llama_vision.tokenizer import PlainBytes
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
+PRUNERS = {
+    "top-k": TopK,
+    "last-query": LastQuery,
+    "key-norm": KeyNorm,
+    "uniform": UniformGrid,
+    "random": RandomTokens,
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code. A user's mistake is 2 and one message."""
-    options = read_arguments(sys.argv[1:] if arguments is None else arguments)
     try:
-        from llama_vision.config import LlamaVisionError  # torch is slow to import: not for --help
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    try:
-        return run(options)
+        return run(read_arguments(sys.argv[1:] if arguments is None else arguments))
     except LlamaVisionError as error:
         print(f"llama-vision: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -36,9 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse with one message for a mistake, and no page of usage around it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"{self.prog}: {message}; see --help\n")
+
+
 def read_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; `--max-new-tokens`, `--max_new_tokens` and `--max-tokens` are one."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="llama-vision",
         description="Ask Llama-3.2-Vision about pictures.",
         epilog="Text streams to stdout; progress, statistics and problems go to stderr.",
@@ -63,10 +87,46 @@ def read_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
     add("--max-seq-len", type=int, metavar="N", help="most tokens of prompt and answer together")
     add("--max-tiles", type=int, metavar="N", help="most tiles an image is cut into")
+    add(
+        "--k-ratio",
+        type=float,
+        metavar="R",
+        help="prune with Trimmed Llama: top-k per head, k = R·V",
+    )
+    add("--pruner", choices=PRUNERS, help="prune with a baseline; needs --keep")
+    add(
+        "--keep", type=number, metavar="R|N", help="visual tokens to keep: 0.5 is half, 800 a count"
+    )
+    add(
+        "--visual-budget",
+        type=number,
+        metavar="R|N",
+        help="most visual tokens to keep, and the size of their cache",
+    )
     add("--ignore-stop", action="store_true", help="go on past stop tokens")
     add("--stats", action="store_true", help="print tokens, memory and times to stderr")
     add("--json", action="store_true", help="print one JSON object on the last line of stdout")
     return parser.parse_args([_with_dashes(argument) for argument in arguments])
+
+
+def number(text: str) -> int | float:
+    """`800` is a count, `0.5` a fraction."""
+    return int(text) if text.lstrip("-").isdigit() else float(text)
+
+
+def build_pruner(options: argparse.Namespace) -> Pruner | None:
+    """The rule that --k-ratio or --pruner asks for."""
+    if (options.pruner is None) != (options.keep is None):
+        raise PruningError("--pruner NAME and --keep R|N need each other; give both")
+    if options.k_ratio is not None and options.pruner is not None:
+        raise PruningError("--k-ratio is Trimmed Llama; leave out --k-ratio or --pruner")
+    if options.k_ratio is not None:
+        return TrimmedLlama(options.k_ratio)
+    if options.pruner is None:
+        return None
+    rule = PRUNERS[options.pruner]
+    seed = {"seed": options.seed or 0} if options.pruner == "random" else {}
+    return rule(options.keep, **seed)
 
 
 def _with_dashes(argument: str) -> str:
@@ -79,22 +139,25 @@ def _with_dashes(argument: str) -> str:
 
 def run(options: argparse.Namespace) -> int:
     """Load, answer, report; Ctrl-C ends the answer and keeps what there is of it."""
-    from llama_vision.generation import Generation, LlamaVision
-    from llama_vision.image import open_image
 
+    pruner = build_pruner(options)
     images = [open_image(path) for path in options.image]  # before the weights: they take longer
     start = time.perf_counter()
     model = LlamaVision.from_pretrained(options.model, device=options.device, dtype=options.dtype)
     load_seconds = time.perf_counter() - start
+    if model.tokenizer is not None and isinstance(model.tokenizer.vocabulary, PlainBytes):
+        note = "the checkpoint has no tokenizer; text is read and written as plain bytes"
+        print(f"llama-vision: {note}", file=sys.stderr)
     prompt = build_prompt(model, options, images)
-    generation = Generation(
-        model,
+    generation = model.start(
         [prompt],
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_p=options.top_p,
         top_k=options.top_k,
         seed=options.seed,
+        pruner=pruner,
+        visual_budget=options.visual_budget,
         ignore_stop=options.ignore_stop,
         max_seq_len=options.max_seq_len,
         max_tiles=options.max_tiles,
@@ -114,9 +177,8 @@ def run(options: argparse.Namespace) -> int:
     return exit_code
 
 
-def build_prompt(model: "LlamaVision", options: argparse.Namespace, images: list[Any]) -> "Prompt":
+def build_prompt(model: LlamaVision, options: argparse.Namespace, images: list[Any]) -> Prompt:
     """A chat of one turn, or with --raw a completion."""
-    from llama_vision.chat import PromptError, chat_prompt, completion_prompt, place_images
 
     tokenizer = model.need_tokenizer()
     if options.raw:
@@ -131,9 +193,9 @@ def build_prompt(model: "LlamaVision", options: argparse.Namespace, images: list
 
 def make_report(
     name: str,
-    model: "LlamaVision",
-    prompt: "Prompt",
-    generation: "Generation",
+    model: LlamaVision,
+    prompt: Prompt,
+    generation: Generation,
     load_seconds: float,
 ) -> dict[str, Any]:
     """What --json prints: bytes, seconds, and the completion itself."""
@@ -161,12 +223,17 @@ def make_report(
     }
 
 
-def peak_memory(device: Any) -> int:
-    """Most bytes in use so far: the allocator's count on CUDA, this process's elsewhere."""
-    if device.type == "cuda":
-        import torch
+def peak_memory(device: torch.device) -> int | None:
+    """Most bytes in use so far: the allocator's count on CUDA, this process's elsewhere.
 
+    None where the system does not say (Windows, without CUDA).
+    """
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return None
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts in bytes or in kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -174,7 +241,7 @@ def peak_memory(device: Any) -> int:
 def format_stats(report: dict[str, Any]) -> str:
     """The report as a few lines for people."""
     tokens, memory, seconds = report["visual_tokens"], report["memory"], report["seconds"]
-    sizes = "  ".join(f"{name} {human_bytes(size)}" for name, size in memory.items())
+    sizes = "  ".join(f"{name} {human_bytes(size)}" for name, size in memory.items() if size)
     times = "  ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
     return (
         f"tokens   prompt {len(report['prompt_token_ids'])}  "

@@ -3,20 +3,19 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from llama_vision.cache import Cache
-from llama_vision.chat import Prompt, PromptError
-from llama_vision.config import SettingError
+from llama_vision.chat import Prompt
+from llama_vision.image import TiledImage
+from llama_vision.model import LlamaVisionModel
+from llama_vision.pruning import Pruner, PruningError
 from llama_vision.sampling import Sampling
-from llama_vision.tokenizer import TextStream
+from llama_vision.tokenizer import TextStream, Tokenizer
 from llama_vision.visual import VisualTokens, find_stretches
-
-if TYPE_CHECKING:
-    from llama_vision.generation import LlamaVision
 
 
 class VisualCounts(NamedTuple):
@@ -49,66 +48,42 @@ class Completion:
 class Generation:
     """One batch of prompts being continued. Iterate over it; then ask for `completions()`.
 
-    Every step gives the new token id of each sample, None once that sample has finished.
+    Every step gives the new token id of each sample, None once that sample has finished. Made by
+    `LlamaVision.start`, which checks and completes the settings.
 
     Args:
-        max_new_tokens: most tokens to make for each prompt.
-        temperature, top_p, top_k: None for the checkpoint's own; temperature 0 is greedy.
-        seed: of the random draws, the same for every sample; None for a new one each time.
-        ignore_stop: go on past stop tokens.
-        max_seq_len: most tokens of prompt and answer together; None for what the model allows.
-        max_tiles: most tiles an image is cut into; None for what the model allows.
+        images: the tiled images of each prompt.
+        limits: most tokens of each sample, prompt and answer together.
+        budget: most visual tokens of each sample to keep; None for no limit.
 
     Raises:
-        LlamaVisionError: a setting is out of range, or a prompt is too long or inconsistent.
+        PruningError: without a pruner, the budget is less than what decoding reads.
     """
 
     def __init__(
         self,
-        owner: "LlamaVision",
+        model: LlamaVisionModel,
+        tokenizer: Tokenizer | None,
         prompts: Sequence[Prompt],
+        images: list[list[TiledImage]],
         *,
-        max_new_tokens: int = 256,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        seed: int | None = None,
-        ignore_stop: bool = False,
-        max_seq_len: int | None = None,
-        max_tiles: int | None = None,
+        limits: list[int],
+        sampling: Sampling,
+        seed: int,
+        stop_ids: frozenset[int],
+        pruner: Pruner | None,
+        budget: list[int] | None,
     ):
-        self.owner, self.model = owner, owner.model
-        self.prompts = list(prompts)
-        if not self.prompts:
-            raise PromptError("no prompt was given; expected at least one")
-        for prompt in self.prompts:
-            owner.check(prompt)
-        self.limits = self._limits(max_new_tokens, max_seq_len)
-        self.sampling = Sampling(
-            *(
-                default if given is None else given
-                for given, default in (
-                    (temperature, owner.sampling.temperature),
-                    (top_p, owner.sampling.top_p),
-                    (top_k, owner.sampling.top_k),
-                )
-            )
-        )
-        seed = torch.seed() if seed is None else seed
-        self.generators = [torch.Generator().manual_seed(seed) for _ in self.prompts]
-        self.stop_ids = frozenset() if ignore_stop else owner.stop_ids
-        self.images = [owner.tile(prompt, max_tiles) for prompt in self.prompts]
-        self.cache = Cache(
-            owner.config.text,
-            batch=len(self.prompts),
-            max_text_tokens=max(self.limits),
-            visual_capacity=max(map(self._visual_need, range(len(self.prompts)))),
-            dtype=self.model.dtype,
-            device=self.model.device,
-        )
-        self.token_ids: list[list[int]] = [[] for _ in self.prompts]
-        self.logprobs: list[list[float]] = [[] for _ in self.prompts]
-        self.finish_reasons: list[str | None] = [None] * len(self.prompts)
+        self.model, self.tokenizer = model, tokenizer
+        self.prompts, self.images = prompts, images
+        self.limits, self.sampling, self.stop_ids = limits, sampling, stop_ids
+        self.pruner, self.budget = pruner, budget
+        self.generators = [torch.Generator().manual_seed(seed) for _ in prompts]
+        self.cache = self._allocate()
+        self.kept: list[list[Tensor]] = [[] for _ in prompts]
+        self.token_ids: list[list[int]] = [[] for _ in prompts]
+        self.logprobs: list[list[float]] = [[] for _ in prompts]
+        self.finish_reasons: list[str | None] = [None] * len(prompts)
         self.seconds = {"vision": 0.0, "prefill": 0.0, "decode": 0.0}
 
     def __iter__(self) -> Iterator[list[int | None]]:
@@ -125,7 +100,7 @@ class Generation:
 
     def text_pieces(self) -> Iterator[str]:
         """The text of the only sample, in pieces of whole characters."""
-        stream = TextStream(self.owner.need_tokenizer())
+        stream = TextStream(self.tokenizer)
         for (token,) in self:
             if token not in self.stop_ids:
                 yield stream.add(token)
@@ -142,9 +117,14 @@ class Generation:
         with _Stopwatch(self.seconds, "vision", device):
             visual = self.model.encode_images(self.images)
         with _Stopwatch(self.seconds, "prefill", device):
-            return self._run_prompts(visual)
+            logits = self._run_prompts(visual)
+        if visual is not None:
+            self.kept = visual.kept_of_images()
+        return logits
 
     def _run_prompts(self, visual: VisualTokens | None) -> Tensor:
+        if visual is not None:
+            visual.budget = self.budget
         lengths = [len(prompt.token_ids) for prompt in self.prompts]
         token_ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
         for sample, prompt in enumerate(self.prompts):
@@ -154,6 +134,7 @@ class Generation:
             visual,
             lengths=lengths,
             cache=self.cache,
+            pruner=self.pruner,
             last_row_only=True,
         )
 
@@ -186,46 +167,57 @@ class Generation:
                 self.finish_reasons[sample] = "length"
         return step
 
-    def _limits(self, max_new_tokens: int, max_seq_len: int | None) -> list[int]:
-        """Most tokens, prompt and answer together, of each sample."""
-        if max_new_tokens < 1:
-            raise SettingError(f"max_new_tokens is {max_new_tokens}; expected 1 or more")
-        allowed = self.owner.config.text.max_position_embeddings
-        most = allowed if max_seq_len is None else max_seq_len
-        if not 1 <= most <= allowed:
-            raise SettingError(f"max_seq_len is {most}; expected 1 to {allowed} for this model")
-        longest = max(len(prompt.token_ids) for prompt in self.prompts)
-        if longest >= most:
-            raise PromptError(
-                f"the prompt is {longest} tokens long and --max-seq-len (max_seq_len) is {most}; "
-                f"expected at least {longest + 1}, to leave room for an answer"
-            )
-        return [min(len(prompt.token_ids) + max_new_tokens, most) for prompt in self.prompts]
+    def _allocate(self) -> Cache:
+        """The cache: room for the limits' text rows, and for the budget or what decoding reads.
+
+        What a pruner leaves without a budget is not known yet: the store then takes it in prefill.
+
+        Raises:
+            PruningError: without a pruner, the budget is less than what decoding reads.
+        """
+        needs = [self._visual_need(sample) for sample in range(len(self.prompts))]
+        capacity = max(needs) if self.pruner is None else None
+        if self.budget is not None:
+            capacity = max(self.budget)
+            for need, most in zip(needs, self.budget, strict=True):
+                if need > most and self.pruner is None:
+                    raise PruningError(
+                        f"the images need {need} visual tokens and the visual budget is {most}; "
+                        f"raise --visual-budget (visual_budget) to {need}, or choose a pruner, "
+                        "such as --k-ratio 0.5 (pruner=TrimmedLlama(0.5))"
+                    )
+        whole_first_layer = not getattr(self.pruner, "trim_first_layer", True)
+        return Cache(
+            self.model.config.text,
+            batch=len(self.prompts),
+            max_text_tokens=max(self.limits),
+            visual_capacity=capacity,
+            first_visual_capacity=max(needs) if whole_first_layer else None,
+            dtype=self.model.dtype,
+            device=self.model.device,
+        )
 
     def _visual_need(self, sample: int) -> int:
         """Visual tokens that decoding reads: those that the prompt's last row sees."""
-        image_id = self.owner.config.text.image_token_id
+        image_id = self.model.config.text.image_token_id
         stretches = find_stretches(self.prompts[sample].token_ids, image_id)
         seen = self.images[sample][stretches[-1].images] if stretches else []
-        return sum(len(image.pixels) for image in seen) * self.owner.config.vision.tokens_per_tile
+        return sum(len(image.pixels) for image in seen) * self.model.config.vision.tokens_per_tile
 
     def _completion(self, sample: int) -> Completion:
-        tokenizer = self.owner.tokenizer
         spoken = [token for token in self.token_ids[sample] if token not in self.stop_ids]
-        vision = self.owner.config.vision
-        kept = [
-            torch.ones(len(image.pixels), vision.tokens_per_tile, dtype=torch.bool)
-            for image in self.images[sample]
-        ]
-        valid = sum(mask.numel() for mask in kept)
-        slots = vision.max_num_tiles * vision.tokens_per_tile
+        vision = self.model.config.vision
+        images = self.images[sample]
+        encoded = len(images) * vision.max_num_tiles * vision.tokens_per_tile
+        valid = sum(len(image.pixels) for image in images) * vision.tokens_per_tile
+        kept = sum(int(mask.sum()) for mask in self.kept[sample])
         return Completion(
             token_ids=list(self.token_ids[sample]),
             logprobs=list(self.logprobs[sample]),
-            text=tokenizer.decode(spoken) if tokenizer else "",
+            text=self.tokenizer.decode(spoken) if self.tokenizer else "",
             finish_reason=self.finish_reasons[sample] or "interrupted",
-            visual_tokens=VisualCounts(len(kept) * slots, valid, valid),
-            kept=kept,
+            visual_tokens=VisualCounts(encoded, valid, kept),
+            kept=self.kept[sample],
         )
 
 

@@ -1,7 +1,9 @@
 """The face that people use: a loaded checkpoint that answers."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from llama_vision.config import Config, SettingError
 from llama_vision.decoding import Completion, Generation
 from llama_vision.image import TiledImage, tile_image
 from llama_vision.model import LlamaVisionModel
+from llama_vision.pruning import Pruner, PruningError
 from llama_vision.sampling import Sampling
 from llama_vision.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 
@@ -63,12 +66,23 @@ class LlamaVision:
         return cls(model, tokenizer, sampling=sampling, stop_ids=stop_ids)
 
     @torch.inference_mode()
-    def logits(self, prompt: Prompt, *, max_tiles: int | None = None) -> Tensor:
-        """The prompt's own logits: [S, vocabulary], float32."""
+    def logits(
+        self,
+        prompt: Prompt,
+        *,
+        pruner: Pruner | None = None,
+        visual_budget: float | int | None = None,
+        max_tiles: int | None = None,
+    ) -> Tensor:
+        """The prompt's own logits: [S, vocabulary], float32. For the settings see `start`."""
         self.check(prompt)
+        images = [self.tile(prompt, max_tiles)]
+        budget = self._budget(images, visual_budget)
         token_ids = torch.tensor([list(prompt.token_ids)], device=self.model.device)
-        visual = self.model.encode_images([self.tile(prompt, max_tiles)])
-        return self.model(token_ids, visual)[0]
+        visual = self.model.encode_images(images)
+        if visual is not None:
+            visual.budget = budget
+        return self.model(token_ids, visual, pruner=pruner)[0]
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], **settings: Any
@@ -77,13 +91,13 @@ class LlamaVision:
 
         Args:
             prompts: a `Prompt` or a list of them.
-            settings: see `Generation`.
+            settings: see `start`.
 
         Returns:
             A `Completion`, or a list of them in the same order.
         """
         alone = isinstance(prompts, Prompt)
-        generation = Generation(self, [prompts] if alone else prompts, **settings)
+        generation = self.start([prompts] if alone else prompts, **settings)
         for _ in generation:
             pass
         completions = generation.completions()
@@ -94,11 +108,65 @@ class LlamaVision:
 
         Args:
             prompt: a `Prompt`, or messages for `chat_prompt`.
-            settings: see `Generation`.
+            settings: see `start`.
         """
+        self.need_tokenizer()
         if not isinstance(prompt, Prompt):
             prompt = self.prompt(prompt)
-        yield from Generation(self, [prompt], **settings).text_pieces()
+        yield from self.start([prompt], **settings).text_pieces()
+
+    def start(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+        pruner: Pruner | None = None,
+        visual_budget: float | int | None = None,
+        ignore_stop: bool = False,
+        max_seq_len: int | None = None,
+        max_tiles: int | None = None,
+    ) -> Generation:
+        """Check the settings, allocate the cache, and return the run, to be iterated over.
+
+        Args:
+            max_new_tokens: most tokens to make for each prompt.
+            temperature, top_p, top_k: None for the checkpoint's own; temperature 0 is greedy.
+            seed: of the random draws, the same for every sample; None for a new one each time.
+            pruner: chooses which visual tokens to keep, see `llama_vision.pruning`; None keeps all.
+            visual_budget: most visual tokens of each sample to keep, as a count or (a float) as a
+                fraction of them; the cache is allocated for exactly that.
+            ignore_stop: go on past stop tokens.
+            max_seq_len: most tokens of prompt and answer together; None for what the model allows.
+            max_tiles: most tiles an image is cut into; None for what the model allows.
+
+        Raises:
+            LlamaVisionError: a setting is out of range, or a prompt is too long or inconsistent.
+        """
+        prompts = list(prompts)
+        if not prompts:
+            raise PromptError("no prompt was given; expected at least one")
+        for prompt in prompts:
+            self.check(prompt)
+        limits = self._limits(prompts, max_new_tokens, max_seq_len)
+        images = [self.tile(prompt, max_tiles) for prompt in prompts]
+        given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+        given = {name: value for name, value in given.items() if value is not None}
+        return Generation(
+            self.model,
+            self.tokenizer,
+            prompts,
+            images,
+            limits=limits,
+            sampling=replace(self.sampling, **given),
+            seed=torch.seed() if seed is None else seed,
+            stop_ids=frozenset() if ignore_stop else self.stop_ids,
+            pruner=pruner,
+            budget=self._budget(images, visual_budget),
+        )
 
     def prompt(self, messages: Messages) -> Prompt:
         """The prompt that asks for the next turn of a conversation."""
@@ -147,6 +215,48 @@ class LlamaVision:
                 f"the prompt has {places} <|image|> ids (id {image_id}) and {len(prompt.images)} "
                 "images; expected as many"
             )
+
+    def _limits(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, max_seq_len: int | None
+    ) -> list[int]:
+        """Most tokens, prompt and answer together, of each sample."""
+        if max_new_tokens < 1:
+            raise SettingError(f"max_new_tokens is {max_new_tokens}; expected 1 or more")
+        allowed = self.config.text.max_position_embeddings
+        most = allowed if max_seq_len is None else max_seq_len
+        if not 1 <= most <= allowed:
+            raise SettingError(f"max_seq_len is {most}; expected 1 to {allowed} for this model")
+        longest = max(len(prompt.token_ids) for prompt in prompts)
+        if longest >= most:
+            raise PromptError(
+                f"the prompt is {longest} tokens long and --max-seq-len (max_seq_len) is {most}; "
+                f"expected at least {longest + 1}, to leave room for an answer"
+            )
+        return [min(len(prompt.token_ids) + max_new_tokens, most) for prompt in prompts]
+
+    def _budget(
+        self, images: Sequence[Sequence[TiledImage]], budget: float | int | None
+    ) -> list[int] | None:
+        """A visual budget in tokens of each sample; a fraction is of the tokens of its real tiles.
+
+        Raises:
+            PruningError: it is no fraction in (0, 1] and no count of at least 1.
+        """
+        if budget is None:
+            return None
+        is_number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
+        if not is_number or budget <= 0 or (isinstance(budget, float) and budget > 1):
+            raise PruningError(
+                f"visual_budget is {budget!r}; expected a fraction above 0 and at most 1.0, "
+                "or a whole number of tokens"
+            )
+        totals = [
+            sum(len(image.pixels) for image in sample) * self.config.vision.tokens_per_tile
+            for sample in images
+        ]
+        if isinstance(budget, int):
+            return [min(budget, total) for total in totals]
+        return [math.floor(budget * total) for total in totals]
 
 
 def _generation_defaults(directory: Path) -> tuple[Sampling, list[int] | None]:

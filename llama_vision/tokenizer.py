@@ -224,6 +224,8 @@ def _with_special_tokens(vocabulary: Vocabulary, config: TextConfig) -> Tokenize
 def _read_vocabulary(path: Path) -> Vocabulary:
     data = path.read_bytes()
     try:
+        if not data:
+            raise ValueError("it is empty")
         if path.suffix == ".json":
             return BytePairs(_ranks_of_json(json.loads(data)))
         try:
