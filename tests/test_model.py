@@ -176,6 +176,6 @@ def test_no_type_changes_silently(half):
     assert strays == []
     assert {tensor.dtype for tensor in half.state_dict().values()} == {half.dtype}
     stores = (cache.text, cache.visual)
-    assert {t.dtype for s in stores for t in (s.keys, s.values)} == {half.dtype}
+    assert {t.dtype for s in stores for t in (*s.keys, *s.values)} == {half.dtype}
     assert half.encode_images(images).features.dtype == half.dtype
     assert {rows.dtype for rows in logits} == {torch.float32}

@@ -397,7 +397,7 @@ def plan(config: Config, rules: list[Rule], parts: Parts) -> dict[str, int]:
     try:
         match_names(
             dict(model.named_parameters()),
-            {name: Entry(Path(), tuple(tensor.shape), "F32") for name, tensor in made.items()},
+            {name: Entry(Path(), tuple(tensor.shape), "F32", 0) for name, tensor in made.items()},
         )
     except CheckpointError as error:
         raise ConversionError(
