@@ -30,6 +30,7 @@ from llama_vision.pruning import (
     TrimmedLlama,
     UniformGrid,
 )
+from llama_vision.visual import VisualTokens
 
 __all__ = [
     "Completion",
@@ -44,4 +45,5 @@ __all__ = [
     "TopK",
     "TrimmedLlama",
     "UniformGrid",
+    "VisualTokens",
 ]
