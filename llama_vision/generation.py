@@ -2,6 +2,7 @@
 
 import json
 import math
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -162,7 +163,7 @@ class LlamaVision:
             images,
             limits=limits,
             sampling=replace(self.sampling, **given),
-            seed=torch.seed() if seed is None else seed,
+            seed=secrets.randbits(63) if seed is None else seed,
             stop_ids=frozenset() if ignore_stop else self.stop_ids,
             pruner=pruner,
             budget=self._budget(images, visual_budget),
