@@ -2,7 +2,10 @@
 
 import sys
 
-from llama_vision.cli import main
+try:
+    from llama_vision.cli import main
+except KeyboardInterrupt:  # torch takes a second or two to import
+    sys.exit(130)
 
 if __name__ == "__main__":
     sys.exit(main())

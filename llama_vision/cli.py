@@ -12,7 +12,7 @@ import torch
 from llama_vision.chat import Prompt, PromptError, chat_prompt, completion_prompt, place_images
 from llama_vision.config import LlamaVisionError
 from llama_vision.decoding import Generation
-from llama_vision.generation import LlamaVision
+from llama_vision.generation import LlamaVision, check_max_new_tokens
 from llama_vision.image import open_image
 from llama_vision.pruning import (
     KeyNorm,
@@ -24,6 +24,7 @@ from llama_vision.pruning import (
     TrimmedLlama,
     UniformGrid,
 )
+from llama_vision.sampling import Sampling
 from llama_vision.tokenizer import PlainBytes
 
 EXIT_USAGE = 2
@@ -140,8 +141,12 @@ def _with_dashes(argument: str) -> str:
 def run(options: argparse.Namespace) -> int:
     """Load, answer, report; Ctrl-C ends the answer and keeps what there is of it."""
 
+    # First what can be refused without the weights: they take long to load.
+    check_max_new_tokens(options.max_new_tokens)
+    sampling = {name: getattr(options, name) for name in ("temperature", "top_p", "top_k")}
+    Sampling(**{name: value for name, value in sampling.items() if value is not None})
     pruner = build_pruner(options)
-    images = [open_image(path) for path in options.image]  # before the weights: they take longer
+    images = [open_image(path) for path in options.image]
     start = time.perf_counter()
     model = LlamaVision.from_pretrained(options.model, device=options.device, dtype=options.dtype)
     load_seconds = time.perf_counter() - start
@@ -152,9 +157,7 @@ def run(options: argparse.Namespace) -> int:
     generation = model.start(
         [prompt],
         max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        top_k=options.top_k,
+        **sampling,
         seed=options.seed,
         pruner=pruner,
         visual_budget=options.visual_budget,

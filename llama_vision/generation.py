@@ -221,8 +221,7 @@ class LlamaVision:
         self, prompts: Sequence[Prompt], max_new_tokens: int, max_seq_len: int | None
     ) -> list[int]:
         """Most tokens, prompt and answer together, of each sample."""
-        if max_new_tokens < 1:
-            raise SettingError(f"max_new_tokens is {max_new_tokens}; expected 1 or more")
+        check_max_new_tokens(max_new_tokens)
         allowed = self.config.text.max_position_embeddings
         most = allowed if max_seq_len is None else max_seq_len
         if not 1 <= most <= allowed:
@@ -258,6 +257,12 @@ class LlamaVision:
         if isinstance(budget, int):
             return [min(budget, total) for total in totals]
         return [math.floor(budget * total) for total in totals]
+
+
+def check_max_new_tokens(count: int) -> None:
+    """Raise SettingError for a count below 1."""
+    if count < 1:
+        raise SettingError(f"max_new_tokens is {count}; expected 1 or more")
 
 
 def _generation_defaults(directory: Path) -> tuple[Sampling, list[int] | None]:
