@@ -100,6 +100,11 @@ class Cache:
                 values have been trimmed, or only some images of a group.
         """
         positions = [position] * len(self.position) if isinstance(position, int) else position
+        if len(positions) != len(self.position):
+            raise CacheError(
+                f"rewind got {len(positions)} positions for {len(self.position)} samples; expected "
+                "one for each, or a single one for all"
+            )
         for sample, (keep, held) in enumerate(zip(positions, self.position, strict=True)):
             if not 0 <= keep <= held:
                 raise CacheError(f"cannot rewind to {keep}; expected 0 to {held}, the rows held")

@@ -245,7 +245,7 @@ class LlamaVision:
         if budget is None:
             return None
         is_number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
-        if not is_number or budget <= 0 or (isinstance(budget, float) and budget > 1):
+        if not is_number or not budget > 0 or (isinstance(budget, float) and budget > 1):
             raise PruningError(
                 f"visual_budget is {budget!r}; expected a fraction above 0 and at most 1.0, "
                 "or a whole number of tokens"
@@ -256,7 +256,14 @@ class LlamaVision:
         ]
         if isinstance(budget, int):
             return [min(budget, total) for total in totals]
-        return [math.floor(budget * total) for total in totals]
+        counts = [math.floor(budget * total) for total in totals]
+        for sample, (count, total) in enumerate(zip(counts, totals, strict=True)):
+            if total and not count:
+                raise PruningError(
+                    f"visual_budget is {budget!r}, less than one of the {total} visual tokens of "
+                    f"sample {sample}; expected a larger fraction, or a whole number of tokens"
+                )
+        return counts
 
 
 def check_max_new_tokens(count: int) -> None:

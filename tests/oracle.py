@@ -53,23 +53,35 @@ class Oracle:
     def logits(self, token_ids: list[int], images: list[TiledImage]) -> Tensor:
         """[S, vocabulary] of one sample."""
         text = self.config.text
-        h = self.weights["text.embed_tokens.weight"][token_ids]
-        seen = visible_images(token_ids, text.image_token_id)
         features = [self.project(image) for image in images]
+        seen = visible_images(token_ids, text.image_token_id)
+        image_of_token = [i for i, tokens in enumerate(features) for _ in tokens]
+        visible = torch.tensor([[image in row for image in image_of_token] for row in seen])
+        return self.run(token_ids, features, [visible] * len(text.cross_attention_layers))
+
+    def run(self, token_ids: list[int], features: list[Tensor], visible: list[Tensor]) -> Tensor:
+        """Logits from each image's tokens, and for each cross-attention block its mask [S, V]."""
+        text = self.config.text
+        h = self.weights["text.embed_tokens.weight"][token_ids]
+        masks = iter(visible)
         for index in range(text.num_hidden_layers):
             name = f"text.layers.{index}"
             if index not in text.cross_attention_layers:
                 h = self.self_attention_block(name, h)
-            elif images:
-                h = self.cross_attention_block(name, h, features, seen)
+            elif features:
+                h = self.cross_attention_block(name, h, torch.cat(features), next(masks))
         return self.linear("text.lm_head", self.rms_norm("text.norm", h))
 
     def project(self, image: TiledImage) -> Tensor:
         """Visual tokens of the real tiles: [tiles · P, D]."""
-        return self.linear("projector", self.encode(image)).flatten(0, 1)
+        return self.project_slots(image)[: len(image.pixels)].flatten(0, 1)
+
+    def project_slots(self, image: TiledImage) -> Tensor:
+        """Visual tokens of all tile slots, the empty ones too: [T, P, D]."""
+        return self.linear("projector", self.encode(image))
 
     def encode(self, image: TiledImage) -> Tensor:
-        """Features of the real tiles: [tiles, P, E · (1 + taps)]."""
+        """Features of all tile slots: [T, P, E · (1 + taps)]."""
         vision = self.config.vision
         slots, real, tokens = vision.max_num_tiles, len(image.pixels), vision.tokens_per_tile
         id_ = vision.grids.index(image.grid) + 1
@@ -106,7 +118,7 @@ class Oracle:
             x = self.vision_block(f"vision.global_transformer.layers.{index}", x, allowed)
         if taps:
             x = torch.cat([x, torch.stack(taps, dim=-1).flatten(1)], dim=-1)
-        return x.view(slots, padded, -1)[:real, :tokens]
+        return x.view(slots, padded, -1)[:, :tokens]
 
     def patches(self, tile: Tensor) -> Tensor:
         size, side = self.config.vision.patch_size, self.config.vision.patches_per_side
@@ -151,12 +163,9 @@ class Oracle:
         return x + self.gated_mlp(name, x)
 
     def cross_attention_block(
-        self, name: str, x: Tensor, features: list[Tensor], seen: list[set[int]]
+        self, name: str, x: Tensor, tokens: Tensor, visible: Tensor
     ) -> Tensor:
         text = self.config.text
-        image_of_token = [i for i, tokens in enumerate(features) for _ in tokens]
-        visible = torch.tensor([[image in row for image in image_of_token] for row in seen])
-        tokens = torch.cat(features)
         y = self.rms_norm(f"{name}.input_layernorm", x)
         q = self.heads(f"{name}.cross_attn.q_proj", y, text.num_attention_heads)
         k = self.heads(f"{name}.cross_attn.k_proj", tokens, text.num_key_value_heads)
@@ -219,6 +228,56 @@ class Oracle:
             / (mean_square + self.config.text.rms_norm_eps).sqrt()
             * self.weights[f"{name}.weight"]
         )
+
+
+class MaskedOracle(Oracle):
+    """Trims and prunes nothing: all tokens of all tile slots of all images stay, behind masks."""
+
+    def logits(
+        self,
+        token_ids: list[int],
+        images: list[TiledImage],
+        kept: list[Tensor],
+        passes: list[int],
+        trim_first_layer: bool = True,
+    ) -> Tensor:
+        """[S, vocabulary] of one sample that was run in passes; for the arguments see masks."""
+        first, later = self.masks(token_ids, images, kept, passes, trim_first_layer)
+        features = [self.project_slots(image).flatten(0, 1) for image in images]
+        others = len(self.config.text.cross_attention_layers) - 1
+        return self.run(token_ids, features, [first, *[later] * others])
+
+    def masks(
+        self,
+        token_ids: list[int],
+        images: list[TiledImage],
+        kept: list[Tensor],
+        passes: list[int],
+        trim_first_layer: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """What each row sees in the first cross-attention block, and in the later ones: [S, V].
+
+        Args:
+            kept: of each image the tokens that were kept, bool [t, P].
+            passes: rows of each pass. In the first cross-attention block an image's own pass sees
+                all its tokens; later passes only the kept ones, unless that block is left whole.
+        """
+        text, vision = self.config.text, self.config.vision
+        pass_of_row = [number for number, rows in enumerate(passes) for _ in range(rows)]
+        pass_of_image = [
+            number
+            for token, number in zip(token_ids, pass_of_row, strict=True)
+            if token == text.image_token_id
+        ]
+        slots = len(token_ids), len(images), vision.max_num_tiles, vision.tokens_per_tile
+        first, later = torch.zeros(2, *slots, dtype=torch.bool)
+        for row, seen in enumerate(visible_images(token_ids, text.image_token_id)):
+            for image in seen:
+                real = len(images[image].pixels)
+                later[row, image, :real] = kept[image]
+                whole = not trim_first_layer or pass_of_row[row] == pass_of_image[image]
+                first[row, image, :real] = True if whole else kept[image]
+        return first.flatten(1), later.flatten(1)
 
 
 def full_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
