@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llama_vision.cache import Cache
 from llama_vision.config import TextConfig
-from llama_vision.layers import attend, attention_mass, rotary_angles
+from llama_vision.layers import attend, attend_and_weigh, rotary_angles
 from llama_vision.pruning import Pruner, check_keep_mask
 from llama_vision.visual import (
     Sight,
@@ -126,25 +126,34 @@ class VisualPass:
                 self.visual.release()
         return keys, values
 
-    def score(self, layer: int, q: Tensor, k: Tensor) -> None:
-        """Note the attention that q [B, H, S, d] pays the new tokens among k [B, K, V, d]."""
-        old = max(self.remembered[layer])
-        tokens = k.shape[2] - old
-        self.saliency = q.new_zeros(self.batch, q.shape[1], tokens, dtype=torch.float32)
-        for sample, sights in enumerate(self.visibility(layer).sights):
-            for sight in sights:
-                if sight.tokens.start >= old:
-                    voters = self._voters(sample, sight.rows)
-                    new = slice(sight.tokens.start - old, sight.tokens.stop - old)
-                    mass = attention_mass(q[sample, :, voters], k[sample, :, sight.tokens])
-                    self.saliency[sample, :, new] += mass
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What each row makes of the tokens it can see: [B, H, S, d].
 
-    def _voters(self, sample: int, rows: slice) -> slice:
-        """Those of the rows whose attention counts; the first of them is an image's own."""
-        votes = getattr(self.pruner, "votes", "all")
-        end = min(rows.stop, self.row_counts[sample])
-        start = {"all": rows.start, "after": rows.start + 1, "last": self.row_counts[sample] - 1}
-        return slice(max(rows.start, start[votes]), end)
+        While a pruner waits, also notes the attention that the new tokens among k [B, K, V, d] get.
+        """
+        visibility = self.visibility(layer)
+        if self.pruner is None:
+            return attend_visible(q, k, v, visibility)
+        old = max(self.remembered[layer])
+        out = torch.zeros_like(q)
+        self.saliency = q.new_zeros(*q.shape[:2], k.shape[2] - old, dtype=torch.float32)
+        for sample, sights in enumerate(visibility.sights):
+            for rows, tokens in sights:
+                heads = q[sample, :, rows], k[sample, :, tokens], v[sample, :, tokens]
+                out[sample, :, rows], mass = attend_and_weigh(*heads, self._votes(sample, rows))
+                if tokens.start >= old:
+                    self.saliency[sample, :, tokens.start - old : tokens.stop - old] += mass
+        return out
+
+    def _votes(self, sample: int, rows: slice) -> Tensor:
+        """1 for each of the rows whose attention counts, else 0: [rows], float32.
+
+        The rows see the same images, and the first of them is the last image's own.
+        """
+        end = self.row_counts[sample] - rows.start
+        first = {"all": 0, "after": 1, "last": end - 1}[getattr(self.pruner, "votes", "all")]
+        row = torch.arange(rows.stop - rows.start, device=self.device)
+        return ((row >= first) & (row < end)).float()
 
     def keep(self, mask: Tensor) -> None:
         """Take the pruner's answer [B, V]: go on with those tokens, and remember only them."""

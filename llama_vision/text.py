@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from llama_vision.cache import Cache
 from llama_vision.config import EXTRA_EMBEDDINGS, TextConfig
 from llama_vision.layers import GatedMLP, RMSNorm, attend, merge_heads, rotate, split_heads
-from llama_vision.passes import TextPass, VisualPass, attend_visible
+from llama_vision.passes import TextPass, VisualPass
 from llama_vision.pruning import Pruner
 from llama_vision.visual import VisualTokens
 
@@ -163,9 +163,7 @@ class CrossAttention(nn.Module):
         """[B, S, D] -> [B, S, D]; zero for rows that see nothing."""
         q = self.q_norm(split_heads(self.q_proj(x), self.heads))
         k, v = sight.keys_values(self.layer, self.project)
-        if sight.pruner is not None:
-            sight.score(self.layer, q, k)
-        return self.o_proj(merge_heads(attend_visible(q, k, v, sight.visibility(self.layer))))
+        return self.o_proj(merge_heads(sight.attend(self.layer, q, k, v)))
 
     def project(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of visual tokens: [B, V, D] -> two of [B, K, V, d]."""

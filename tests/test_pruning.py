@@ -33,7 +33,7 @@ from llama_vision import (
     passes,
 )
 from llama_vision.cache import Cache
-from llama_vision.layers import attention_mass
+from llama_vision.layers import attend, attend_and_weigh
 from llama_vision.pruning import PruningError
 from llama_vision.visual import VisualTokens
 
@@ -471,10 +471,9 @@ def test_a_pruner_is_asked_again_about_the_images_of_a_later_turn_alone(tiny):
 
 def test_without_a_pruner_nothing_is_scored_or_selected(tiny, monkeypatch):
     called = []
-    for name in ("attention_mass", "check_keep_mask", "kept_first"):
+    for name in ("attend_and_weigh", "check_keep_mask", "kept_first"):
         monkeypatch.setattr(passes, name, lambda *_, name=name: called.append(name))
-    for name in ("score", "keep"):
-        monkeypatch.setattr(passes.VisualPass, name, lambda *_, name=name: called.append(name))
+    monkeypatch.setattr(passes.VisualPass, "keep", lambda *_: called.append("keep"))
     tiny.generate(case_prompts("batch_ragged"), max_new_tokens=3, **GREEDY)
     assert called == []
 
@@ -868,35 +867,38 @@ def test_pruners_work_on_prompts_made_by_hand(tiny):
 # Scoring
 
 
-@pytest.mark.parametrize("rows", [0, 1, 7, 40])
+@pytest.mark.parametrize("rows", [1, 7, 40])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
-def test_attention_mass_is_the_softmax_summed_over_rows(heads, kv_heads, rows):
+def test_weighing_attends_and_sums_what_the_voting_rows_paid(heads, kv_heads, rows, monkeypatch):
     torch.manual_seed(0)
-    q, k = torch.randn(heads, rows, 8), torch.randn(kv_heads, 50, 8)
+    q, k, v = (torch.randn(h, n, 8) for h, n in ((heads, rows), (kv_heads, 50), (kv_heads, 50)))
+    votes = torch.rand(rows)
     repeated = k.repeat_interleave(heads // kv_heads, 0)
-    expected = (q.double() @ repeated.double().mT / 8**0.5).softmax(-1).sum(1)
-    mass = attention_mass(q, k)
+    shares = (q.double() @ repeated.double().mT / 8**0.5).softmax(-1)
+    out, mass = attend_and_weigh(q, k, v, votes)
     assert mass.dtype == torch.float32
-    assert_close("mass", mass, expected, 1e-5)
+    assert_close("out", out, attend(q[None], k[None], v[None])[0], 1e-5)
+    assert_close("mass", mass, (shares * votes[:, None]).sum(1), 1e-5)
 
 
 def test_scoring_at_the_11b_s_widths_takes_little_memory():
     torch.manual_seed(0)
     q, k = torch.randn(32, 256, 128), torch.randn(8, 6404, 128)
     results = []
-    live = live_bytes(lambda: results.append(attention_mass(q, k)))
-    assert results[0].nbytes <= max(live) <= 64 * 2**20
+    live = live_bytes(lambda: results.append(attend_and_weigh(q, k, k, torch.ones(256))))
+    mass = results[0][1]
+    assert mass.nbytes <= max(live) <= 64 * 2**20
     for head in (0, 5, 31):
         expected = (q[head] @ k[head // 4].T / 128**0.5).softmax(-1).sum(0)
-        assert ((results[0][head] - expected).abs() / expected).max() < 1e-4
+        assert ((mass[head] - expected).abs() / expected).max() < 1e-4
 
 
-def test_scoring_in_half_precision_is_done_in_float32():
-    """Of the rounded queries and keys, but with the sums of many rows exact."""
+def test_scoring_in_half_precision_sums_in_float32():
+    """Scores are of the model's type, as everywhere; the sums of many rows are exact."""
     torch.manual_seed(0)
-    q, k = torch.randn(4, 300, 8).bfloat16(), torch.randn(2, 40, 8).bfloat16()
-    scale = (q * 8**-0.5).float()
-    expected = (scale @ k.repeat_interleave(2, 0).float().mT).softmax(-1).sum(1)
-    mass = attention_mass(q, k)
-    assert mass.dtype == torch.float32
-    assert_close("mass", mass, expected, 1e-4)
+    q, k = torch.randn(4, 3000, 8).bfloat16(), torch.randn(2, 40, 8).bfloat16()
+    repeated = k.repeat_interleave(2, 0).float()
+    expected = (q.float() @ repeated.mT / 8**0.5).softmax(-1).sum(1)
+    out, mass = attend_and_weigh(q, k, k, torch.ones(3000))
+    assert (out.dtype, mass.dtype) == (torch.bfloat16, torch.float32)
+    assert ((mass - expected).abs() / expected).max() < 5e-3

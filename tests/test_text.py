@@ -14,7 +14,8 @@ from conftest import (
 )
 from oracle import masked_attention, random_token_ids, visible_images
 
-from llama_vision.text import SelfAttentionBlock, attend_visible
+from llama_vision.passes import attend_visible
+from llama_vision.text import SelfAttentionBlock
 from llama_vision.visual import Visibility, VisualTokens, find_stretches
 
 TOLERANCE = 1e-4

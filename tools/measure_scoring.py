@@ -9,13 +9,14 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from llama_vision.config import DTYPES, official_config
-from llama_vision.layers import attention_mass
+from llama_vision.layers import attend, attend_and_weigh
 from llama_vision.passes import VisualPass
 from llama_vision.text import CrossAttentionBlock
 from llama_vision.visual import VisualTokens
@@ -54,7 +55,10 @@ def measure(options: argparse.Namespace) -> None:
             seconds[name].append(timed(forward, pruner, options.device))
     medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
     q = torch.randn(config.num_attention_heads, options.rows, config.head_dim, **place)
-    k = torch.randn(config.num_key_value_heads, features.shape[0] * 1601, config.head_dim, **place)
+    k = torch.randn(config.num_key_value_heads, options.tiles * 1601, config.head_dim, **place)
+    votes = torch.ones(options.rows, device=options.device)
+    plain = peak_bytes(lambda: attend(q[None], k[None], k[None]), options.device)
+    scored = peak_bytes(lambda: attend_and_weigh(q, k, k, votes), options.device)
     result = {
         "device": options.device,
         "dtype": options.dtype,
@@ -62,7 +66,8 @@ def measure(options: argparse.Namespace) -> None:
         "visual_tokens": k.shape[1],
         "seconds": medians,
         "extra_time": medians["block and scoring"] / medians["block"] - 1,
-        "extra_peak_bytes": peak_bytes(q, k),
+        "attention_peak_bytes": {"plain": plain, "scored": scored},
+        "extra_peak_bytes": scored - plain,
     }
     print(f"block              {medians['block']:.3f} s")
     print(f"block and scoring  {medians['block and scoring']:.3f} s")
@@ -88,15 +93,15 @@ def synchronize(device: str) -> None:
         torch.get_device_module(device).synchronize()
 
 
-def peak_bytes(q: Tensor, k: Tensor) -> int:
-    """Most bytes that scoring holds beyond its inputs, read from the allocator."""
-    if q.device.type == "cuda":
+def peak_bytes(run: Callable[[], object], device: str) -> int:
+    """Most bytes that a call holds beyond its inputs, read from the allocator."""
+    if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        attention_mass(q, k)
+        run()
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        attention_mass(q, k)
+        run()
     held = most = 0
     for event in profiler.profiler.kineto_results.events():
         if event.name() == "[memory]":
