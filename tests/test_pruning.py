@@ -142,7 +142,7 @@ def test_saliency_of_a_batch_is_zero_in_the_padding(tiny, case):
 def test_a_ratio_of_one_equals_no_pruning(tiny, case):
     prompts, pruner = case_prompts(case), TrimmedLlama(1.0)
     for prompt in prompts:
-        assert_close(case, tiny.logits(prompt, pruner=pruner), tiny.logits(prompt), 1e-6)
+        assert_close(case, tiny.logits(prompt, pruner=pruner), tiny.logits(prompt), 1e-5)
     whole = tiny.generate(prompts, max_new_tokens=8, **GREEDY)
     pruned = tiny.generate(prompts, max_new_tokens=8, pruner=pruner, **GREEDY)
     assert [c.token_ids for c in pruned] == [c.token_ids for c in whole]
@@ -679,6 +679,20 @@ def test_pruners_know_where_each_token_sits(tiny):
         assert all((place[sample, length:] == -1).all() for place in padding)
 
 
+def test_selected_tokens_keep_their_places():
+    visual = laid_out([[1, 2], [], [2]])
+    visual.features = torch.randn(3, 30, 4)
+    keep = (torch.arange(30) % 4 == 1) & visual.valid
+    keep[2, :10] = False
+    selected = visual.select(keep)
+    assert selected.counts == [[3, 5], [], [2]]
+    assert torch.equal(selected.valid, torch.arange(8) < torch.tensor([[8], [0], [2]]))
+    for name in ("features", "image", "tile", "patch", "patch_row", "patch_col", "is_class"):
+        before, after = getattr(visual, name), getattr(selected, name)
+        for sample in range(3):
+            assert torch.equal(after[sample, selected.valid[sample]], before[sample, keep[sample]])
+
+
 def test_a_spatial_rule_keeps_the_left_half_of_each_image(tiny):
     ids, images = spatial_prompts(tiny)
 
@@ -797,18 +811,18 @@ def test_random_tokens_are_drawn_evenly():
     assert 65 < counts.min() <= counts.max() < 135  # 100 each, 9 for one standard deviation
 
 
-@pytest.mark.parametrize("cell", [1, 2, 4])
+@pytest.mark.parametrize("cell", [1, 2, 4, 8])
 def test_the_uniform_grid_is_even_in_space(cell):
-    """Of 8 · 8 patches a part, a quarter, a sixteenth: one in each cell, in every tile."""
-    visual = laid_out([[2], [1]], side=8)
-    per_tile = (8 // cell) ** 2
+    """Of 16 · 16 patches all, a quarter, a sixteenth …: one in each cell, in every tile."""
+    visual = laid_out([[2], [1]], side=16)
+    per_tile = (16 // cell) ** 2
     kept = UniformGrid([2 * per_tile, per_tile])(random_saliency(visual, 2, 3, 0), visual)
     for sample, tiles in ((0, 2), (1, 1)):
         for tile in range(tiles):
-            grid = kept[sample, 65 * tile + 1 : 65 * (tile + 1)].view(8, 8)
+            grid = kept[sample, 257 * tile + 1 : 257 * (tile + 1)].view(16, 16)
             cells = grid.unfold(0, cell, cell).unfold(1, cell, cell).sum((-1, -2))
             assert (cells == 1).all()
-            assert not kept[sample, 65 * tile]
+            assert not kept[sample, 257 * tile]
 
 
 @pytest.mark.parametrize("side", [6, 12, 40])
@@ -869,7 +883,7 @@ def test_pruners_work_on_prompts_made_by_hand(tiny):
 
 @pytest.mark.parametrize("rows", [1, 7, 40])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
-def test_weighing_attends_and_sums_what_the_voting_rows_paid(heads, kv_heads, rows, monkeypatch):
+def test_weighing_attends_and_sums_what_the_voting_rows_paid(heads, kv_heads, rows):
     torch.manual_seed(0)
     q, k, v = (torch.randn(h, n, 8) for h, n in ((heads, rows), (kv_heads, 50), (kv_heads, 50)))
     votes = torch.rand(rows)
@@ -881,14 +895,19 @@ def test_weighing_attends_and_sums_what_the_voting_rows_paid(heads, kv_heads, ro
     assert_close("mass", mass, (shares * votes[:, None]).sum(1), 1e-5)
 
 
-def test_scoring_at_the_11b_s_widths_takes_little_memory():
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "rows"),
+    [(32, 8, 256), (8, 2, 2048)],
+    ids=["all heads", "a quarter of them, long text"],
+)
+def test_scoring_at_the_11b_s_widths_takes_little_memory(heads, kv_heads, rows):
     torch.manual_seed(0)
-    q, k = torch.randn(32, 256, 128), torch.randn(8, 6404, 128)
+    q, k = torch.randn(heads, rows, 128), torch.randn(kv_heads, 6404, 128)
     results = []
-    live = live_bytes(lambda: results.append(attend_and_weigh(q, k, k, torch.ones(256))))
+    live = live_bytes(lambda: results.append(attend_and_weigh(q, k, k, torch.ones(rows))))
     mass = results[0][1]
     assert mass.nbytes <= max(live) <= 64 * 2**20
-    for head in (0, 5, 31):
+    for head in (0, 5, heads - 1):
         expected = (q[head] @ k[head // 4].T / 128**0.5).softmax(-1).sum(0)
         assert ((mass[head] - expected).abs() / expected).max() < 1e-4
 

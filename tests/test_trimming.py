@@ -416,3 +416,20 @@ def test_an_open_store_takes_exactly_what_the_pruner_left(tiny):
     )
     assert run.cache.nbytes == plan.total
     assert new_cache(tiny.model, 2).visual.nbytes > plan.visual
+
+
+def test_an_open_store_follows_each_prefill_up_and_down(tiny):
+    image_id = tiny.config.text.image_token_id
+    images = sorted(random_images(tiny.config, 8, random.Random(0)), key=lambda i: len(i.pixels))
+    conversation = Conversation(tiny.model, 1)
+    conversation.cache = Cache(
+        tiny.config.text, batch=1, max_text_tokens=9, visual_capacity=None, dtype=torch.float32
+    )
+    assert conversation.cache.visual.nbytes == 0
+    for image in (images[0], images[-1], images[0]):
+        conversation.go_on([[image_id, 1]], [[image]])
+        assert conversation.cache.visual.capacities == [17 * len(image.pixels)] * 2
+    assert len(images[0].pixels) < len(images[-1].pixels)
+    (said,) = conversation.samples
+    expected = MaskedOracle(tiny.model).logits(said.token_ids, said.images, said.kept, said.passes)
+    assert_close("three turns", torch.cat(said.logits), expected, EXACT)
