@@ -10,9 +10,10 @@ from torch import Tensor
 
 from llama_vision.cache import Cache
 from llama_vision.chat import Prompt
+from llama_vision.config import Config
 from llama_vision.image import TiledImage
 from llama_vision.model import LlamaVisionModel
-from llama_vision.pruning import Pruner, PruningError
+from llama_vision.pruning import Pruner
 from llama_vision.sampling import Sampling
 from llama_vision.tokenizer import TextStream, Tokenizer
 from llama_vision.visual import VisualTokens, find_stretches
@@ -55,9 +56,6 @@ class Generation:
         images: the tiled images of each prompt.
         limits: most tokens of each sample, prompt and answer together.
         budget: most visual tokens of each sample to keep; None for no limit.
-
-    Raises:
-        PruningError: without a pruner, the budget is less than what decoding reads.
     """
 
     def __init__(
@@ -171,21 +169,11 @@ class Generation:
         """The cache: room for the limits' text rows, and for the budget or what decoding reads.
 
         What a pruner leaves without a budget is not known yet: the store then takes it in prefill.
-
-        Raises:
-            PruningError: without a pruner, the budget is less than what decoding reads.
         """
-        needs = [self._visual_need(sample) for sample in range(len(self.prompts))]
+        needs = visual_needs(self.prompts, self.images, self.model.config)
         capacity = max(needs) if self.pruner is None else None
         if self.budget is not None:
             capacity = max(self.budget)
-            for need, most in zip(needs, self.budget, strict=True):
-                if need > most and self.pruner is None:
-                    raise PruningError(
-                        f"the images need {need} visual tokens and the visual budget is {most}; "
-                        f"raise --visual-budget (visual_budget) to {need}, or choose a pruner, "
-                        "such as --k-ratio 0.5 (pruner=TrimmedLlama(0.5))"
-                    )
         whole_first_layer = not getattr(self.pruner, "trim_first_layer", True)
         return Cache(
             self.model.config.text,
@@ -196,13 +184,6 @@ class Generation:
             dtype=self.model.dtype,
             device=self.model.device,
         )
-
-    def _visual_need(self, sample: int) -> int:
-        """Visual tokens that decoding reads: those that the prompt's last row sees."""
-        image_id = self.model.config.text.image_token_id
-        stretches = find_stretches(self.prompts[sample].token_ids, image_id)
-        seen = self.images[sample][stretches[-1].images] if stretches else []
-        return sum(len(image.pixels) for image in seen) * self.model.config.vision.tokens_per_tile
 
     def _completion(self, sample: int) -> Completion:
         spoken = [token for token in self.token_ids[sample] if token not in self.stop_ids]
@@ -219,6 +200,18 @@ class Generation:
             visual_tokens=VisualCounts(encoded, valid, kept),
             kept=self.kept[sample],
         )
+
+
+def visual_needs(
+    prompts: Sequence[Prompt], images: Sequence[Sequence[TiledImage]], config: Config
+) -> list[int]:
+    """Visual tokens that decoding reads of each sample: those that its prompt's last row sees."""
+    needs = []
+    for prompt, sample in zip(prompts, images, strict=True):
+        stretches = find_stretches(prompt.token_ids, config.text.image_token_id)
+        seen = sample[stretches[-1].images] if stretches else []
+        needs.append(sum(len(image.pixels) for image in seen) * config.vision.tokens_per_tile)
+    return needs
 
 
 class _Stopwatch:

@@ -14,7 +14,7 @@ from torch import Tensor
 from llama_vision.chat import Prompt, PromptError, chat_prompt
 from llama_vision.checkpoint import choose_device, choose_dtype, find_checkpoint, load_model
 from llama_vision.config import Config, SettingError
-from llama_vision.decoding import Completion, Generation
+from llama_vision.decoding import Completion, Generation, visual_needs
 from llama_vision.image import TiledImage, tile_image
 from llama_vision.model import LlamaVisionModel
 from llama_vision.pruning import Pruner, PruningError
@@ -78,7 +78,7 @@ class LlamaVision:
         """The prompt's own logits: [S, vocabulary], float32. For the settings see `start`."""
         self.check(prompt)
         images = [self.tile(prompt, max_tiles)]
-        budget = self._budget(images, visual_budget)
+        budget = self._budget([prompt], images, visual_budget, pruner)
         token_ids = torch.tensor([list(prompt.token_ids)], device=self.model.device)
         visual = self.model.encode_images(images)
         if visual is not None:
@@ -166,7 +166,7 @@ class LlamaVision:
             seed=secrets.randbits(63) if seed is None else seed,
             stop_ids=frozenset() if ignore_stop else self.stop_ids,
             pruner=pruner,
-            budget=self._budget(images, visual_budget),
+            budget=self._budget(prompts, images, visual_budget, pruner),
         )
 
     def prompt(self, messages: Messages) -> Prompt:
@@ -235,12 +235,17 @@ class LlamaVision:
         return [min(len(prompt.token_ids) + max_new_tokens, most) for prompt in prompts]
 
     def _budget(
-        self, images: Sequence[Sequence[TiledImage]], budget: float | int | None
+        self,
+        prompts: Sequence[Prompt],
+        images: Sequence[Sequence[TiledImage]],
+        budget: float | int | None,
+        pruner: Pruner | None,
     ) -> list[int] | None:
         """A visual budget in tokens of each sample; a fraction is of the tokens of its real tiles.
 
         Raises:
-            PruningError: it is no fraction in (0, 1] and no count of at least 1.
+            PruningError: it is no fraction in (0, 1] and no count of at least 1, or less than is
+                needed and no pruner would choose.
         """
         if budget is None:
             return None
@@ -250,20 +255,24 @@ class LlamaVision:
                 f"visual_budget is {budget!r}; expected a fraction above 0 and at most 1.0, "
                 "or a whole number of tokens"
             )
-        totals = [
-            sum(len(image.pixels) for image in sample) * self.config.vision.tokens_per_tile
-            for sample in images
-        ]
-        if isinstance(budget, int):
-            return [min(budget, total) for total in totals]
-        counts = [math.floor(budget * total) for total in totals]
-        for sample, (count, total) in enumerate(zip(counts, totals, strict=True)):
-            if total and not count:
+        allowed = []
+        per_tile = self.config.vision.tokens_per_tile
+        for sample, need in enumerate(visual_needs(prompts, images, self.config)):
+            tokens = sum(len(image.pixels) for image in images[sample]) * per_tile
+            most = min(budget, tokens) if isinstance(budget, int) else math.floor(budget * tokens)
+            if tokens and not most:
                 raise PruningError(
-                    f"visual_budget is {budget!r}, less than one of the {total} visual tokens of "
+                    f"visual_budget is {budget!r}, less than one of the {tokens} visual tokens of "
                     f"sample {sample}; expected a larger fraction, or a whole number of tokens"
                 )
-        return counts
+            if need > most and pruner is None:
+                raise PruningError(
+                    f"the images need {need} visual tokens and the visual budget is {most}; "
+                    f"raise --visual-budget (visual_budget) to {need}, or choose a pruner, "
+                    "such as --k-ratio 0.5 (pruner=TrimmedLlama(0.5))"
+                )
+            allowed.append(most)
+        return allowed
 
 
 def check_max_new_tokens(count: int) -> None:

@@ -52,7 +52,10 @@ class LlamaVisionModel(nn.Module):
             encoded = self._encode_same_size([flat[i] for i in places])
             features.update(zip(places, encoded, strict=True))
         in_order = (features[i] for i in range(len(flat)))
-        return VisualTokens.of_images([[next(in_order) for _ in sample] for sample in images])
+        return VisualTokens.of_images(
+            [[next(in_order) for _ in sample] for sample in images],
+            [[image.grid for image in sample] for sample in images],
+        )
 
     def _encode_same_size(self, images: Sequence[TiledImage]) -> Tensor:
         """Images of t tiles each -> [N, t, P, D]."""

@@ -68,6 +68,8 @@ class VisualTokens:
     patch: Tensor
     counts: list[list[int]]
     """Tokens of each image of each sample. Kept on the host, so that slicing needs no transfer."""
+    grids: list[list[tuple[int, int]]]
+    """Rows and columns of tiles of each image of each sample."""
     patches_per_side: int
     budget: list[int] | None = None
     """Most tokens of each sample that a pruner may keep; None for no limit."""
@@ -77,7 +79,9 @@ class VisualTokens:
     """[B, V], the pruner's answer; None before, or without one."""
 
     @classmethod
-    def of_images(cls, images: Sequence[Sequence[Tensor]]) -> "VisualTokens":
+    def of_images(
+        cls, images: Sequence[Sequence[Tensor]], grids: Sequence[Sequence[tuple[int, int]]]
+    ) -> "VisualTokens":
         """Lay out the features of each sample's images, each [t, P, D]; one at least."""
         like = next(features for sample in images for features in sample)
         nothing = like.new_zeros(0, like.shape[-1])
@@ -86,6 +90,7 @@ class VisualTokens:
             pad_sequence(rows, batch_first=True),
             *_places(images, like.device),
             counts=[[f.shape[0] * f.shape[1] for f in sample] for sample in images],
+            grids=[list(sample) for sample in grids],
             patches_per_side=math.isqrt(like.shape[1] - 1),
         )
 
@@ -103,6 +108,23 @@ class VisualTokens:
     def is_class(self) -> Tensor:
         """True for the class token of a tile: [B, V]."""
         return self.patch == 0
+
+    @property
+    def tile_row(self) -> Tensor:
+        """Row of a token's tile in its image: [B, V]; -1 in the padding."""
+        return (self.tile // self._grid_cols).where(self.valid, -1)
+
+    @property
+    def tile_col(self) -> Tensor:
+        """Column of a token's tile in its image: [B, V]; -1 in the padding."""
+        return (self.tile % self._grid_cols).where(self.valid, -1)
+
+    @property
+    def _grid_cols(self) -> Tensor:
+        """Columns of tiles of a token's image: [B, V]; anything in the padding."""
+        cols = [torch.tensor([cols for _, cols in sample] or [1]) for sample in self.grids]
+        of_images = pad_sequence(cols, batch_first=True, padding_value=1).to(self.image.device)
+        return of_images.gather(1, self.image.clamp(min=0))
 
     @property
     def patch_row(self) -> Tensor:
@@ -125,7 +147,7 @@ class VisualTokens:
             for row, counts, length in zip(on_host, self.counts, self.lengths, strict=True)
         ]
         features = self.features.gather(1, index[..., None].expand(-1, -1, self.features.shape[-1]))
-        return VisualTokens(features, *places, counts, self.patches_per_side)
+        return VisualTokens(features, *places, counts, self.grids, self.patches_per_side)
 
     def kept_of_images(self) -> list[list[Tensor]]:
         """For each image of each sample which tokens were kept: bool [tiles, P], on the host."""

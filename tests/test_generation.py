@@ -7,6 +7,7 @@ from conftest import CASES, assert_close, case_prompts, golden_json, golden_tens
 from llama_vision import LlamaVision, Prompt
 from llama_vision.chat import PromptError, chat_prompt
 from llama_vision.config import SettingError
+from llama_vision.pruning import PruningError
 from llama_vision.tokenizer import TokenizerError
 
 GREEDY = {"temperature": 0, "ignore_stop": True}
@@ -298,3 +299,8 @@ def test_no_prompt_is_refused(tiny):
 def test_settings_out_of_range_are_refused(tiny, settings, says):
     with pytest.raises(SettingError, match=says):
         tiny.generate(case_prompts("bos_image")[0], **settings)
+
+
+def test_logits_refuse_a_budget_below_the_need_without_a_pruner(tiny):
+    with pytest.raises(PruningError, match=r"need 68 visual tokens and the visual budget is 10"):
+        tiny.logits(case_prompts("image_first")[0], visual_budget=10)

@@ -233,7 +233,8 @@ def states_around(model, index, ids, images, pruner):
 def laid_out(tiles, side=3, budget=None):
     """Visual tokens of images of so many tiles in each sample, on a grid of side · side patches."""
     features = [[torch.zeros(t, 1 + side**2, 1) for t in sample] for sample in tiles]
-    return replace(VisualTokens.of_images(features), budget=budget)
+    grids = [[(1, t) for t in sample] for sample in tiles]
+    return replace(VisualTokens.of_images(features, grids), budget=budget)
 
 
 def random_saliency(visual, heads, levels, seed):
@@ -698,13 +699,11 @@ def test_a_spatial_rule_keeps_the_left_half_of_each_image(tiny):
 
     def left_half(saliency, visual):
         mask = torch.zeros_like(visual.valid)
-        for sample, tiled in enumerate(images):
-            for number, image in enumerate(tiled):
-                _, tile_cols = image.grid
-                col = visual.tile[sample] % tile_cols * visual.patches_per_side
-                col = col + visual.patch_col[sample]
+        col = visual.tile_col * visual.patches_per_side + visual.patch_col
+        for sample, grids in enumerate(visual.grids):
+            for number, (_, tile_cols) in enumerate(grids):
                 here = (visual.image[sample] == number) & ~visual.is_class[sample]
-                mask[sample] |= here & (col < tile_cols * visual.patches_per_side / 2)
+                mask[sample] |= here & (col[sample] < tile_cols * visual.patches_per_side / 2)
         return mask
 
     conversation = Conversation(tiny.model, 2)

@@ -106,7 +106,9 @@ def test_attending_to_runs_equals_attending_under_a_mask(seed, tiny):
     ids = [random_token_ids(tiny.config, len(sample), rows, draw) for sample in tiles]
     if seed % 4 == 0:
         ids = [ids[0]] * batch
-    visual = VisualTokens.of_images([[torch.zeros(t, tile, 1) for t in s] for s in tiles])
+    visual = VisualTokens.of_images(
+        [[torch.zeros(t, tile, 1) for t in s] for s in tiles], [[(1, t) for t in s] for s in tiles]
+    )
 
     image_id = tiny.config.text.image_token_id
     tokens = visual.features.shape[1]

@@ -62,7 +62,10 @@ def test_stretches_of_two_groups():
 def tokens() -> VisualTokens:
     """Three samples: two images (2 tiles and 1), none, and one of 1 tile; 5 tokens a tile."""
     torch.manual_seed(0)
-    return VisualTokens.of_images([[torch.randn(2, 5, 3), torch.randn(1, 5, 3)], [], [IMAGE_3]])
+    return VisualTokens.of_images(
+        [[torch.randn(2, 5, 3), torch.randn(1, 5, 3)], [], [IMAGE_3]],
+        [[(2, 1), (1, 1)], [], [(1, 1)]],
+    )
 
 
 IMAGE_3 = torch.full((1, 5, 3), 7.0)
@@ -96,3 +99,12 @@ def test_stretches_become_runs_of_tokens(tokens):
     ]
     assert tokens.sights(1, []) == []
     assert Sight(slice(1, 3), slice(0, 10)).shifted(4) == Sight(slice(1, 3), slice(4, 14))
+
+
+def test_a_tile_has_its_row_and_column_in_the_image():
+    features = [[torch.zeros(4, 2, 1), torch.zeros(3, 2, 1)], [torch.zeros(2, 2, 1)]]
+    visual = VisualTokens.of_images(features, [[(2, 2), (3, 1)], [(1, 2)]])
+    rows = [0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 1, 1, 2, 2]
+    cols = [0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0]
+    assert visual.tile_row.tolist() == [rows, [0] * 4 + [-1] * 10]
+    assert visual.tile_col.tolist() == [cols, [0, 0, 1, 1] + [-1] * 10]

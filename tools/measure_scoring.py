@@ -45,7 +45,7 @@ def measure(options: argparse.Namespace) -> None:
     token_ids[0, 0] = config.image_token_id
 
     def forward(pruner: object) -> None:
-        visual = VisualTokens.of_images([[features]])
+        visual = VisualTokens.of_images([[features]], [[(1, options.tiles)]])
         sight = VisualPass(config, token_ids, [options.rows], visual, None, pruner)
         block(h, sight)
 
