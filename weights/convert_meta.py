@@ -19,6 +19,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -424,6 +425,8 @@ def convert(
     Raises:
         LlamaVisionError: the source is not complete, or the target cannot be written.
     """
+    if find_spec("numpy") is None:
+        raise ConversionError("writing safetensors needs NumPy; run: pip install numpy")
     paths = find_parts(source)
     for name in ("params.json", "tokenizer.model"):
         if not (source / name).is_file():
