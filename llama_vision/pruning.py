@@ -8,6 +8,7 @@ A pruner is any callable that fits `Pruner`. It may also have the attributes of 
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -133,7 +134,7 @@ as many as another pruner would keep of the same sample (the only fair compariso
 
 
 @dataclass(frozen=True)
-class BestTokens(Rule):
+class BestTokens(Rule, ABC):
     """A rule that scores tokens and keeps the `keep` best of each sample."""
 
     keep: Keep
@@ -152,9 +153,9 @@ class BestTokens(Rule):
                 "or keep=[…] with the counts of a run"
             )
 
+    @abstractmethod
     def scores(self, saliency: Tensor, visual: VisualTokens) -> Tensor:
         """How good each token is: [B, V]."""
-        raise NotImplementedError
 
     def __call__(self, saliency: Tensor, visual: VisualTokens) -> Tensor:
         """See `Pruner`."""

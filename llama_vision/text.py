@@ -94,8 +94,8 @@ class SelfAttentionBlock(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class SelfAttention(nn.Module):
-    """Causal grouped-query attention with rotary positions."""
+class GroupedQueryAttention(nn.Module):
+    """The projections that both kinds of attention have, and the layer's number in its store."""
 
     def __init__(self, config: TextConfig, layer: int):
         super().__init__()
@@ -106,6 +106,10 @@ class SelfAttention(nn.Module):
         self.k_proj = nn.Linear(width, kv_width, bias=False)
         self.v_proj = nn.Linear(width, kv_width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
+
+
+class SelfAttention(GroupedQueryAttention):
+    """Causal attention with rotary positions."""
 
     def forward(self, x: Tensor, text: TextPass) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
@@ -144,18 +148,11 @@ class CrossAttentionBlock(nn.Module):
         return x + self.cross_attn_mlp_gate.tanh() * hidden
 
 
-class CrossAttention(nn.Module):
-    """Grouped-query attention from text rows to visual tokens: normed heads, no positions."""
+class CrossAttention(GroupedQueryAttention):
+    """Attention from text rows to visual tokens: normed heads, no positions, no order."""
 
     def __init__(self, config: TextConfig, layer: int):
-        super().__init__()
-        self.layer = layer
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        width, kv_width = config.hidden_size, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(width, kv_width, bias=False)
-        self.v_proj = nn.Linear(width, kv_width, bias=False)
-        self.o_proj = nn.Linear(width, width, bias=False)
+        super().__init__(config, layer)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
