@@ -6,7 +6,7 @@ The field names are those of the file, so that it can be read beside this one.
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,11 @@ class TextConfig:
         return self.num_hidden_layers - len(self.cross_attention_layers)
 
     @property
+    def pad_token_id(self) -> int:
+        """`<|finetune_right_pad_id|>`, the fifth special token from BOS on."""
+        return self.bos_token_id + 4
+
+    @property
     def image_token_id(self) -> int:
         """The id of `<|image|>`: the first one past the vocabulary."""
         return self.vocab_size
@@ -177,6 +182,25 @@ class Config:
         if not isinstance(data, dict):
             raise ConfigError(f"{path} holds a {type(data).__name__}, expected a JSON object")
         return cls.from_dict(data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `from_dict` reads, in the layout of 2024."""
+        vision, text = asdict(self.vision), asdict(self.text)
+        text["eos_token_id"] = text.pop("eos_token_ids")
+        scaling = text["rope_scaling"]
+        text["rope_scaling"] = scaling and {"rope_type": "llama3", **scaling}
+        text |= {"pad_token_id": self.text.pad_token_id, "tie_word_embeddings": False}
+        vision["vision_output_dim"] = self.vision.feature_size
+        vision["supported_aspect_ratios"] = self.vision.grids
+        data = {
+            "architectures": ["MllamaForConditionalGeneration"],
+            "image_token_index": self.text.image_token_id,
+            "model_type": "mllama",
+            "text_config": {"model_type": "mllama_text_model", "hidden_act": "silu", **text},
+            "torch_dtype": next(name for name, dtype in DTYPES.items() if dtype == self.dtype),
+            "vision_config": {"model_type": "mllama_vision_model", "hidden_act": "gelu", **vision},
+        }
+        return json.loads(json.dumps(data))  # tuples become lists
 
 
 def supported_grids(max_tiles: int) -> tuple[tuple[int, int], ...]:

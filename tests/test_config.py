@@ -311,3 +311,12 @@ def complaint_about(data: dict) -> str | None:
     except ConfigError as error:
         return str(error)
     return None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [Config.from_directory(TINY), *map(official_config, OFFICIAL)],
+    ids=["tiny", *OFFICIAL],
+)
+def test_what_is_written_is_read_back(config):
+    assert Config.from_dict(config.to_dict()) == config

@@ -18,7 +18,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -284,27 +284,7 @@ def read_config(path: Path, template: Config, dtype: torch.dtype) -> Config:
         image_size=number("vision_chunk_size"),
         max_num_tiles=number("vision_max_num_chunks", 4),
     )
-    return Config.from_dict(config_json(Config(vision, text, dtype)))  # which checks it
-
-
-def config_json(config: Config) -> dict[str, Any]:
-    """The fields of an official `config.json`, 2024 layout."""
-    vision, text = asdict(config.vision), asdict(config.text)
-    text["eos_token_id"] = text.pop("eos_token_ids")
-    scaling = text["rope_scaling"]
-    text["rope_scaling"] = scaling and {"rope_type": "llama3", **scaling}
-    text |= {"pad_token_id": pad_token_id(config), "tie_word_embeddings": False}
-    vision["vision_output_dim"] = config.vision.feature_size
-    vision["supported_aspect_ratios"] = config.vision.grids
-    data = {
-        "architectures": ["MllamaForConditionalGeneration"],
-        "image_token_index": config.text.image_token_id,
-        "model_type": "mllama",
-        "text_config": {"model_type": "mllama_text_model", "hidden_act": "silu", **text},
-        "torch_dtype": next(name for name, dtype in DTYPES.items() if dtype == config.dtype),
-        "vision_config": {"model_type": "mllama_vision_model", "hidden_act": "gelu", **vision},
-    }
-    return json.loads(json.dumps(data))
+    return Config.from_dict(Config(vision, text, dtype).to_dict())  # which checks it
 
 
 def generation_json(config: Config) -> dict[str, Any]:
@@ -313,15 +293,10 @@ def generation_json(config: Config) -> dict[str, Any]:
         "bos_token_id": config.text.bos_token_id,
         "do_sample": True,
         "eos_token_id": list(config.text.eos_token_ids),
-        "pad_token_id": pad_token_id(config),
+        "pad_token_id": config.text.pad_token_id,
         "temperature": 0.6,
         "top_p": 0.9,
     }
-
-
-def pad_token_id(config: Config) -> int:
-    """`<|finetune_right_pad_id|>`, the fifth special token. Source: llama3/tokenizer.py."""
-    return config.text.bos_token_id + 4
 
 
 # --- reading and checking -------------------------------------------------------------------------
@@ -460,7 +435,7 @@ def convert(
         write_shard(target / file, {name: make[name](config, parts) for name in names})
         weight_map |= dict.fromkeys(names, file)
         print(f"{file}: {sum(sizes[name] for name in names):,} bytes", file=sys.stderr)
-    write_json(target / "config.json", config_json(config))
+    write_json(target / "config.json", config.to_dict())
     write_json(target / "generation_config.json", generation_json(config))
     shutil.copyfile(source / "tokenizer.model", target / "tokenizer.model")
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
