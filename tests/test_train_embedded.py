@@ -21,17 +21,8 @@ from embedded.export import export
 from embedded.model import Seer, Student, model_config, vision_config, widen
 from embedded.optimizer import orthogonalize
 from embedded.questions import ask, ask_about_both, describe, place_of
-from embedded.scenes import (
-    SHAPES,
-    Background,
-    Canvas,
-    Scene,
-    Shape,
-    TextLine,
-    glyphs_of,
-    sample_page,
-    sample_scene,
-)
+from embedded.sampling import sample_page, sample_scene
+from embedded.scenes import SHAPES, Background, Canvas, Scene, Shape, TextLine, glyphs_of
 from embedded.sources import COLORS, TRAINED_FAMILIES, UNSEEN_FAMILIES, Face, Sources, sample_rgb
 from embedded.training import Recorder, Stage, train
 from evaluate_embedded import answer, compare_rules, paired_difference
@@ -237,9 +228,9 @@ def test_prompts_have_the_layout_of_llama_3(chat):
 def test_only_the_answer_and_its_end_are_learned(chat):
     rows = [([Message("user", "Hi")], "Hello!"), ([Message("user", "What is it?", 1)], "A cat.")]
     batch = Rows.of(chat, rows)
-    for targets, (_, answer) in zip(batch.targets, rows, strict=True):
+    for targets, (_, said) in zip(batch.targets, rows, strict=True):
         learned = targets[targets != IGNORED].tolist()
-        assert learned == chat.answer(answer)
+        assert learned == chat.answer(said)
         assert learned[-1] == chat.tokenizer.special_ids["<|eot_id|>"]
 
 

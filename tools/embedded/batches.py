@@ -13,9 +13,11 @@ from torch.utils.data import DataLoader, Dataset
 from embedded.chat import Chat, Message
 from embedded.drawing import IGNORED, draw, label_patches
 from embedded.model import MAX_TILES, PATCH, TILE
-from embedded.questions import NO_PICTURE, SMALL_TALK, SYSTEM_MESSAGES, ask, ask_about_both
-from embedded.scenes import Scene, sample_page, sample_scene
+from embedded.questions import ask, ask_about_both
+from embedded.sampling import sample_page, sample_scene
+from embedded.scenes import Scene
 from embedded.sources import Sources
+from embedded.talk import NO_PICTURE, SMALL_TALK, SYSTEM_MESSAGES
 from llama_vision.image import tile_image
 
 

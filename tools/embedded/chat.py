@@ -9,9 +9,10 @@ from random import Random
 import sentencepiece
 from PIL import Image
 
-from embedded.questions import NO_PICTURE, SMALL_TALK, SYSTEM_MESSAGES, ask
-from embedded.scenes import sample_scene
+from embedded.questions import ask
+from embedded.sampling import sample_scene
 from embedded.sources import Sources
+from embedded.talk import NO_PICTURE, SMALL_TALK, SYSTEM_MESSAGES
 from llama_vision.chat import chat_prompt
 from llama_vision.tokenizer import SPECIAL_TOKENS, Pieces, Tokenizer
 

@@ -13,7 +13,8 @@ from random import Random
 from embedded.batches import GRIDS_OF_TILES
 from embedded.model import TILE
 from embedded.questions import Question, ask
-from embedded.scenes import Scene, sample_scene
+from embedded.sampling import sample_scene
+from embedded.scenes import Scene
 from embedded.sources import Sources
 
 PARTS = ("trained",) * 6 + ("unseen fonts",) * 2 + ("unseen words",) * 2
