@@ -5,18 +5,13 @@ The field names are those of the file, so that it can be read beside this one.
 """
 
 import json
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 MOST_TILES = 1024
 """Far beyond any published model: a larger `max_num_tiles` is a damaged file."""
@@ -283,7 +278,7 @@ class _Fields:
     def number(self, field: str) -> float:
         value = self.data.get(field)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or value <= 0:
+        if not is_number or not 0 < value < float("inf"):
             raise self.fail(field, "a positive number")
         return float(value)
 
