@@ -1,11 +1,12 @@
 """The embedded model's exam: exact answers by type, with intervals, and three controls.
 
     python tools/evaluate_embedded.py weights/embedded --json exam.json
-    python tools/evaluate_embedded.py weights/embedded --trim
+    python tools/evaluate_embedded.py weights/embedded --trim --elsewhere tools/elsewhere
 
 The controls tell seeing from guessing: the same questions without an image, with another picture's
 image, and the answers that are most frequent in training. --trim asks everything again with fewer
 visual tokens, chosen by Trimmed Llama, at random and on a uniform grid, as many by each.
+--elsewhere adds pictures that other programs have drawn, see draw_elsewhere.py.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from embedded.exam import Item, guess, make_exam, tally, wilson
 
 from llama_vision import LlamaVision, Pruner, RandomTokens, TrimmedLlama, UniformGrid
 from llama_vision.config import DTYPES
+from llama_vision.image import open_image
 
 MAX_ANSWER = 64
 KEPT = (0.75, 0.5, 0.25, 0.1)
@@ -88,6 +90,19 @@ def compare_rules(model: LlamaVision, items: list[Item], full: list[str], batch:
     return rows
 
 
+def ask_elsewhere(model: LlamaVision, folder: Path) -> dict[str, tuple[int, int]]:
+    """Right answers and questions about the pictures of a folder, by the program that drew them."""
+    table: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for entry in json.loads((folder / "questions.json").read_text(encoding="utf-8")):
+        content = [open_image(folder / entry["picture"]), entry["question"]]
+        prompt = model.prompt([{"role": "user", "content": content}])
+        given = model.generate(prompt, max_new_tokens=MAX_ANSWER, temperature=0).text
+        for group in ("overall", entry["picture"].split("_")[0]):
+            table[group][0] += given == entry["answer"]
+            table[group][1] += 1
+    return {group: (right, asked) for group, (right, asked) in table.items()}
+
+
 def paired_difference(hits: list[bool], others: list[bool]) -> tuple[float, float]:
     """Mean of hit minus other over the same questions, and half its 95 % interval."""
     differences = torch.tensor(hits).double() - torch.tensor(others).double()
@@ -119,6 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pictures", type=int, default=1000)
     parser.add_argument("--questions", type=int, default=3, help="at most, for each picture")
     parser.add_argument("--no-controls", action="store_true")
+    parser.add_argument("--elsewhere", type=Path, metavar="FOLDER")
     parser.add_argument("--trim", action="store_true", help="also with fewer visual tokens")
     parser.add_argument("--show-wrong", type=int, default=0, help="print so many wrong answers")
     parser.add_argument("--json", type=Path)
@@ -146,6 +162,8 @@ def main(arguments: list[str] | None = None) -> None:
         tables["another picture"] = tally(items, answer(model, items, others, options.batch))
         guesses = [guess(item.question, options.minimal) for item in items]
         tables["most frequent answer"] = tally(items, guesses)
+    if options.elsewhere:
+        tables["drawn by other programs"] = ask_elsewhere(model, options.elsewhere)
     for title, table in tables.items():
         report(title, table)
     if options.trim:
