@@ -1,4 +1,6 @@
-"""Pictures that other programs draw, for the exam: `python tools/draw_elsewhere.py tools/elsewhere`.
+"""Pictures that other programs draw, for the exam.
+
+    python tools/draw_elsewhere.py tools/elsewhere
 
 Twenty pages of a browser (chromium), twenty SVG files (rsvg-convert) and twenty terminals (xterm
 under Xvfb, photographed by ImageMagick's import), with a question and the right answer each, in
