@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llama_vision.config import LlamaVisionError, TextConfig
+from llama_vision.visual import Stretch
 
 
 class CacheError(LlamaVisionError):
@@ -36,7 +37,9 @@ class Cache:
 
     Args:
         max_text_tokens: text rows that each sample can hold.
-        visual_capacity: visual tokens that each sample can hold.
+        visual_capacity: visual tokens that each sample can hold, in each cross-attention layer;
+            None to take, at every prefill, exactly the room for what is left after pruning.
+        first_visual_capacity: those of the first such layer, where a pruner leaves it whole.
     """
 
     def __init__(
@@ -45,13 +48,16 @@ class Cache:
         *,
         batch: int,
         max_text_tokens: int,
-        visual_capacity: int,
+        visual_capacity: int | None,
+        first_visual_capacity: int | None = None,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ):
-        text, visual = _shapes(config, batch, max_text_tokens, visual_capacity)
+        text, visual = _shapes(
+            config, batch, max_text_tokens, visual_capacity or 0, first_visual_capacity
+        )
         self.text = TextStore(text, dtype, device)
-        self.visual = VisualStore(visual, dtype, device)
+        self.visual = VisualStore(visual, dtype, device, fixed=visual_capacity is not None)
 
     @staticmethod
     def plan(
@@ -60,11 +66,14 @@ class Cache:
         batch: int,
         max_text_tokens: int,
         visual_capacity: int,
+        first_visual_capacity: int | None = None,
         dtype: torch.dtype,
     ) -> CachePlan:
         """Exact bytes of the cache that the same arguments would allocate."""
-        text, visual = _shapes(config, batch, max_text_tokens, visual_capacity)
-        return CachePlan(*(2 * shape.numel() * dtype.itemsize for shape in (text, visual)))
+        stores = _shapes(config, batch, max_text_tokens, visual_capacity, first_visual_capacity)
+        return CachePlan(
+            *(sum(2 * shape.numel() * dtype.itemsize for shape in shapes) for shapes in stores)
+        )
 
     @property
     def nbytes(self) -> int:
@@ -78,52 +87,101 @@ class Cache:
 
     def advance(self, rows: Sequence[int]) -> None:
         """Count the rows that a pass has just written. Called once per pass, by the model."""
-        self.text.lengths = [
-            length + new for length, new in zip(self.text.lengths, rows, strict=True)
-        ]
+        self.text.lengths = [held + new for held, new in zip(self.position, rows, strict=True)]
+
+    def rewind(self, position: int | Sequence[int]) -> None:
+        """Give back the text rows from `position` on; they are as if they had never been.
+
+        Args:
+            position: rows to keep, of every sample or of each.
+
+        Raises:
+            CacheError: there are not so many rows, or the rows kept would see images whose keys and
+                values have been trimmed, or only some images of a group.
+        """
+        positions = [position] * len(self.position) if isinstance(position, int) else position
+        if len(positions) != len(self.position):
+            raise CacheError(
+                f"rewind got {len(positions)} positions for {len(self.position)} samples; expected "
+                "one for each, or a single one for all"
+            )
+        for sample, (keep, held) in enumerate(zip(positions, self.position, strict=True)):
+            if not 0 <= keep <= held:
+                raise CacheError(f"cannot rewind to {keep}; expected 0 to {held}, the rows held")
+            first, last = self.visual.image_rows[sample] or (0, -1)
+            if first < keep <= last:
+                raise CacheError(
+                    f"cannot rewind to {keep}: a later image (row {last}) took the place of what "
+                    f"row {keep - 1} saw; expected {last + 1} or more, or at most {first}"
+                )
+        for sample, keep in enumerate(positions):
+            first, _ = self.visual.image_rows[sample] or (-1, -1)
+            if keep <= first:
+                self.visual.forget(sample)
+        self.text.lengths = list(positions)
+
+    def keep(self, mask: Tensor) -> None:
+        """Trim the visual store to the tokens where mask [B, V] is True; see `VisualStore.keep`."""
+        self.visual.keep(mask)
 
 
 def _shapes(
-    config: TextConfig, batch: int, max_text_tokens: int, visual_capacity: int
-) -> tuple[torch.Size, torch.Size]:
-    """Shape of the keys (and of the values) of the text store and of the visual store."""
+    config: TextConfig,
+    batch: int,
+    max_text_tokens: int,
+    visual_capacity: int,
+    first_visual_capacity: int | None,
+) -> tuple[list[torch.Size], list[torch.Size]]:
+    """Shapes [B, K, capacity, d] of each layer's keys (and values), of text and of vision."""
+    text = [max_text_tokens] * config.num_self_attention_layers
+    visual = [visual_capacity] * len(config.cross_attention_layers)
+    if first_visual_capacity is not None:
+        visual[:1] = [first_visual_capacity]
     heads, width = config.num_key_value_heads, config.head_dim
-    return (
-        torch.Size([config.num_self_attention_layers, batch, heads, max_text_tokens, width]),
-        torch.Size([len(config.cross_attention_layers), batch, heads, visual_capacity, width]),
+    return tuple(
+        [torch.Size([batch, heads, capacity, width]) for capacity in capacities]
+        for capacities in (text, visual)
     )
 
 
 class _Store:
-    """Keys and values [layers, B, K, capacity, d]; zeros, for what is masked must stay finite."""
+    """Keys and values, for each layer [B, K, capacity, d].
 
-    def __init__(self, shape: torch.Size, dtype: torch.dtype, device: torch.device | str):
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.lengths = [0] * self.batch
+    They begin as zeros, for what is masked must stay finite.
+    """
 
-    @property
-    def batch(self) -> int:
-        """Samples."""
-        return self.keys.shape[1]
+    def __init__(self, shapes: list[torch.Size], dtype: torch.dtype, device: torch.device | str):
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+        self.batch = shapes[0][0] if shapes else 0
 
     @property
-    def capacity(self) -> int:
-        """Rows that each sample can hold."""
-        return self.keys.shape[3]
+    def capacities(self) -> list[int]:
+        """Rows that each sample can hold, in each layer."""
+        return [keys.shape[2] for keys in self.keys]
 
     @property
     def nbytes(self) -> int:
         """Allocated bytes."""
-        return self.keys.nbytes + self.values.nbytes
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
     def read(self, layer: int, rows: int) -> tuple[Tensor, Tensor]:
         """Views of the first rows of one layer: two of [B, K, rows, d]."""
-        return self.keys[layer, :, :, :rows], self.values[layer, :, :, :rows]
+        return self.keys[layer][:, :, :rows], self.values[layer][:, :, :rows]
 
 
 class TextStore(_Store):
     """Self-attention keys and values of the text so far."""
+
+    def __init__(self, shapes: list[torch.Size], dtype: torch.dtype, device: torch.device | str):
+        super().__init__(shapes, dtype, device)
+        self.lengths = [0] * self.batch
+        """Rows that each sample holds."""
+
+    @property
+    def capacity(self) -> int:
+        """Rows that each sample can hold."""
+        return self.capacities[0]
 
     def positions(self, rows: int) -> Tensor:
         """Where the next `rows` rows of each sample go: [B, rows], int64.
@@ -137,8 +195,9 @@ class TextStore(_Store):
                 f"the text cache holds {self.capacity} tokens and {need} are needed; "
                 "raise --max-seq-len (max_seq_len), or shorten the prompt"
             )
-        start = torch.tensor(self.lengths, device=self.keys.device)
-        return start[:, None] + torch.arange(rows, device=self.keys.device)
+        device = self.keys[0].device
+        start = torch.tensor(self.lengths, device=device)
+        return start[:, None] + torch.arange(rows, device=device)
 
     def write(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put keys and values [B, K, S, d] at positions [B, S]."""
@@ -149,6 +208,29 @@ class TextStore(_Store):
 
 class VisualStore(_Store):
     """Cross-attention keys and values of the visual tokens that later rows can still read."""
+
+    def __init__(
+        self,
+        shapes: list[torch.Size],
+        dtype: torch.dtype,
+        device: torch.device | str,
+        fixed: bool = True,
+    ):
+        super().__init__(shapes, dtype, device)
+        self.fixed = fixed
+        """Whether the capacity was given; if not, `write` takes what it needs."""
+        self.lengths = [[0] * self.batch for _ in shapes]
+        """Tokens that each layer holds, of each sample."""
+        self.image_rows: list[tuple[int, int] | None] = [None] * self.batch
+        """Text rows of the first image of each sample so far, and of the last."""
+
+    def note_images(self, stretches: Sequence[Sequence[Stretch]], positions: list[int]) -> None:
+        """Note the text rows of new images, before the rows of their pass are counted."""
+        for sample, (new, start) in enumerate(zip(stretches, positions, strict=True)):
+            if new:
+                rows = (start + new[0].rows.start, start + new[-1].rows.start)
+                first, _ = self.image_rows[sample] or rows
+                self.image_rows[sample] = (first, rows[1])
 
     def write(self, layer: int, keys: Tensor, values: Tensor, runs: Sequence[slice]) -> None:
         """Replace what one layer holds by the given run of tokens of each sample.
@@ -161,12 +243,56 @@ class VisualStore(_Store):
             CacheError: a run is longer than the capacity.
         """
         lengths = [run.stop - run.start for run in runs]
-        if max(lengths) > self.capacity:
+        if not self.fixed:
+            self._resize(layer, max(lengths))
+        capacity = self.capacities[layer]
+        if max(lengths) > capacity:
             raise CacheError(
-                f"the visual cache holds {self.capacity} tokens an image row and "
-                f"{max(lengths)} are needed; raise --visual-budget (visual_budget)"
+                f"the visual cache holds {capacity} tokens of a sample and {max(lengths)} are "
+                "needed; raise --visual-budget (visual_budget), or prune with --k-ratio"
             )
         for sample, run in enumerate(runs):
-            self.keys[layer, sample, :, : lengths[sample]] = keys[sample, :, run]
-            self.values[layer, sample, :, : lengths[sample]] = values[sample, :, run]
-        self.lengths = lengths
+            self.keys[layer][sample, :, : lengths[sample]] = keys[sample, :, run]
+            self.values[layer][sample, :, : lengths[sample]] = values[sample, :, run]
+        self.lengths[layer] = lengths
+
+    def _resize(self, layer: int, rows: int) -> None:
+        """Make room for exactly so many rows in one layer, which is about to be written anew."""
+        for stores in (self.keys, self.values):
+            batch, heads, held, width = stores[layer].shape
+            if held != rows:
+                stores[layer] = stores[layer].new_zeros(batch, heads, rows, width)
+
+    def keep(self, mask: Tensor) -> None:
+        """Compact every layer in place, in order, sample by sample.
+
+        Args:
+            mask: [B, V], True for the tokens to keep; V is the longest sample's length.
+
+        Raises:
+            CacheError: another shape, or layers that hold different tokens.
+        """
+        lengths = self.lengths[0]
+        if any(other != lengths for other in self.lengths):
+            raise CacheError(
+                "the first cross-attention layer was left whole, so its tokens differ from the "
+                "others'; prune with trim_first_layer=True to trim all alike"
+            )
+        if mask.dtype != torch.bool or tuple(mask.shape) != (self.batch, max(lengths)):
+            raise CacheError(
+                f"keep-mask is {mask.dtype} {list(mask.shape)}; expected torch.bool "
+                f"[{self.batch}, {max(lengths)}]"
+            )
+        places = [row[:n].nonzero().squeeze(-1) for row, n in zip(mask, lengths, strict=True)]
+        kept = [len(index) for index in places]
+        for store in (*self.keys, *self.values):
+            for sample, index in enumerate(places):
+                # The right side is a copy of one sample's kept rows: the only room that it takes.
+                store[sample, :, : kept[sample]] = store[sample, :, index.to(store.device)]
+        self.lengths = [list(kept) for _ in self.lengths]
+
+    def forget(self, sample: int) -> None:
+        """Hold nothing of one sample."""
+        for lengths in self.lengths:
+            lengths[sample] = 0
+        self.image_rows[sample] = None

@@ -5,25 +5,27 @@ The field names are those of the file, so that it can be read beside this one.
 """
 
 import json
-import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+MOST_TILES = 1024
+"""Far beyond any published model: a larger `max_num_tiles` is a damaged file."""
 
 EXTRA_EMBEDDINGS = 8
-"""Rows of the embedding past the vocabulary; the first is `<|image|>`. The head has none of them."""
+"""Rows of the embedding past the vocabulary; the first is `<|image|>`. The head has none."""
 
 
 class LlamaVisionError(ValueError):
     """Bad input at one of the package's doors: what came, what was expected, what to do."""
+
+
+class SettingError(LlamaVisionError):
+    """A setting out of its range: a device, type, length or sampling number that cannot be had."""
 
 
 class ConfigError(LlamaVisionError):
@@ -68,7 +70,7 @@ class VisionConfig:
 
     @property
     def grids(self) -> tuple[tuple[int, int], ...]:
-        """Every supported arrangement of tiles as (rows, cols); grid i has aspect-ratio id i + 1."""
+        """Every supported arrangement of tiles, (rows, cols); grid i has aspect-ratio id i + 1."""
         return supported_grids(self.max_num_tiles)
 
     def aspect_id(self, grid: tuple[int, int]) -> int:
@@ -116,6 +118,11 @@ class TextConfig:
     def num_self_attention_layers(self) -> int:
         """Blocks that keep text keys and values."""
         return self.num_hidden_layers - len(self.cross_attention_layers)
+
+    @property
+    def pad_token_id(self) -> int:
+        """`<|finetune_right_pad_id|>`, the fifth special token from BOS on."""
+        return self.bos_token_id + 4
 
     @property
     def image_token_id(self) -> int:
@@ -170,6 +177,25 @@ class Config:
         if not isinstance(data, dict):
             raise ConfigError(f"{path} holds a {type(data).__name__}, expected a JSON object")
         return cls.from_dict(data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `from_dict` reads, in the layout of 2024."""
+        vision, text = asdict(self.vision), asdict(self.text)
+        text["eos_token_id"] = text.pop("eos_token_ids")
+        scaling = text["rope_scaling"]
+        text["rope_scaling"] = scaling and {"rope_type": "llama3", **scaling}
+        text |= {"pad_token_id": self.text.pad_token_id, "tie_word_embeddings": False}
+        vision["vision_output_dim"] = self.vision.feature_size
+        vision["supported_aspect_ratios"] = self.vision.grids
+        data = {
+            "architectures": ["MllamaForConditionalGeneration"],
+            "image_token_index": self.text.image_token_id,
+            "model_type": "mllama",
+            "text_config": {"model_type": "mllama_text_model", "hidden_act": "silu", **text},
+            "torch_dtype": next(name for name, dtype in DTYPES.items() if dtype == self.dtype),
+            "vision_config": {"model_type": "mllama_vision_model", "hidden_act": "gelu", **vision},
+        }
+        return json.loads(json.dumps(data))  # tuples become lists
 
 
 def supported_grids(max_tiles: int) -> tuple[tuple[int, int], ...]:
@@ -243,16 +269,16 @@ class _Fields:
         if self.data.get(field) != supported:
             raise self.fail(field, f"{supported!r}, the only one supported")
 
-    def integer(self, field: str, least: int = 1) -> int:
+    def integer(self, field: str, least: int = 1, most: int = 2**31 - 1) -> int:
         value = self.data.get(field)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise self.fail(field, f"an integer of at least {least}")
+        if type(value) is not int or not least <= value <= most:
+            raise self.fail(field, f"an integer from {least} to {most}")
         return value
 
     def number(self, field: str) -> float:
         value = self.data.get(field)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or value <= 0:
+        if not is_number or not 0 < value < float("inf"):
             raise self.fail(field, "a positive number")
         return float(value)
 
@@ -283,7 +309,7 @@ def _vision_config(fields: _Fields) -> VisionConfig:
         ),
         image_size=fields.integer("image_size"),
         patch_size=fields.integer("patch_size"),
-        max_num_tiles=fields.integer("max_num_tiles"),
+        max_num_tiles=fields.integer("max_num_tiles", most=MOST_TILES),
         num_channels=fields.integer("num_channels"),
         norm_eps=fields.number("norm_eps"),
     )
@@ -366,7 +392,7 @@ def _dtype(data: dict[str, Any]) -> torch.dtype:
     for section in (data, data["text_config"]):
         for field in ("dtype", "torch_dtype"):
             name = section.get(field)
-            if name in DTYPES:
+            if isinstance(name, str) and name in DTYPES:
                 return DTYPES[name]
             if name is not None:
                 raise _Fields(section, "").fail(field, f"one of {', '.join(DTYPES)}")

@@ -58,7 +58,7 @@ def open_image(path: str | Path) -> Image.Image:
         raise ImageError(
             f"image {path} is not a picture that Pillow can read; expected PNG, JPEG, WebP, GIF, …"
         ) from None
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
+    except Exception as error:  # Pillow's decoders raise many kinds for damaged files
         raise ImageError(f"image {path} is damaged or cut short: {error}") from None
 
 
@@ -76,13 +76,22 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey levels of more than 8 bits to L: 16-bit by 257; others by their own largest value."""
+    """Grey levels of more than 8 bits to L: each divided by the range that its kind has.
+
+    16-bit levels go to 65535. Floats go to 1 and plain integers to 255 or 65535, where they fit;
+    those that fit nowhere are stretched from their least to their largest.
+    """
+    sixteen_bits = image.mode.startswith("I;16")
+    known_tops = (
+        (65535,) if sixteen_bits else (1, 255, 65535) if image.mode == "F" else (255, 65535)
+    )
     image = image.convert("F")
-    darkest, brightest = image.getextrema()
-    if darkest < 0 or brightest > 65535 or brightest <= 1:  # no known range: stretch it
-        span = (brightest - darkest) or 1.0
-        return image.point(lambda level: level * (255 / span) - darkest * (255 / span)).convert("L")
-    return image.point(lambda level: level * (1 / 257)).convert("L") if brightest > 255 else image.convert("L")
+    bottom, top = image.getextrema()
+    if bottom >= 0 and top <= known_tops[-1]:
+        bottom, top = 0, next(known for known in known_tops if top <= known)
+    scale = 255 / ((top - bottom) or 1)
+    offset = 0.5 - bottom * scale  # Pillow rounds down
+    return image.point(lambda level: level * scale + offset).convert("L")
 
 
 def tile_image(image: Image.Image, *, tile_size: int, max_tiles: int) -> TiledImage:
@@ -111,7 +120,8 @@ def tile_image(image: Image.Image, *, tile_size: int, max_tiles: int) -> TiledIm
 def choose_grid(size: tuple[int, int], tile_size: int, max_tiles: int) -> tuple[int, int]:
     """The (rows, cols) whose canvas suits a picture of `size` = (width, height) best.
 
-    The smallest enlargement if any canvas allows one, else the largest scale; then the fewest tiles.
+    The smallest enlargement if any canvas allows one, else the largest scale; of equal ones
+    the canvas with the fewest tiles.
     """
     width, height = size
     grids = supported_grids(max_tiles)
@@ -124,9 +134,7 @@ def choose_grid(size: tuple[int, int], tile_size: int, max_tiles: int) -> tuple[
     return min(tied, key=lambda grid: grid[0] * grid[1])
 
 
-def fit_inside(
-    size: tuple[int, int], canvas: tuple[int, int], tile_size: int
-) -> tuple[int, int]:
+def fit_inside(size: tuple[int, int], canvas: tuple[int, int], tile_size: int) -> tuple[int, int]:
     """(width, height) of the undistorted picture on its canvas.
 
     A side grows at most to the tile's; sides are rounded down, to 1 pixel at least.

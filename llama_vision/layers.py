@@ -57,8 +57,8 @@ def rotary_frequencies(config: TextConfig, device: torch.device) -> Tensor:
     if scaling is not None:
         turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        unstretched = ((turns - low) / (high - low)).clamp(0, 1)
-        frequencies *= (1 - unstretched) / scaling.factor + unstretched
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = (1 - kept) * frequencies / scaling.factor + kept * frequencies
     return frequencies.to(device)
 
 
@@ -109,4 +109,39 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causa
     q = q.reshape(batch, groups, -1, width)  # [B, K, H/K · S, d]
     if mask is not None and rows > 1:
         mask = mask.repeat(1, 1, heads // groups, 1)  # [B, 1, H/K · S, L]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(batch, heads, rows, width)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(
+        batch, heads, rows, width
+    )
+
+
+def attend_and_weigh(q: Tensor, k: Tensor, v: Tensor, votes: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention of one sample without a mask, and how much of it each key gets.
+
+    `scaled_dot_product_attention` does not tell its probabilities, and computing them a second time
+    would cost a tenth of a cross-attention block; so this computes them once, in blocks of queries
+    that fit a CPU core's cache (elsewhere: that are worth a kernel's launch). No [H, S, V] tensor
+    is ever made.
+
+    Args:
+        q: [H, S, d].
+        k, v: [K, V, d].
+        votes: [S], float32: how much each query counts.
+
+    Returns:
+        [H, S, d]; and [H, V], float32: softmax probabilities times votes, summed over S.
+    """
+    groups, keys = k.shape[:2]
+    grouped = q.unflatten(0, (groups, -1))  # [K, H/K, S, d]
+    block_bytes = 2**20 if q.device.type == "cpu" else 24 * 2**20
+    block_rows = max(1, block_bytes // (4 * grouped.shape[1] * keys))
+    out = torch.empty_like(grouped)
+    mass = q.new_zeros(*grouped.shape[:2], keys, dtype=torch.float32)  # [K, H/K, V]
+    for group in range(groups):
+        for start in range(0, q.shape[1], block_rows):
+            run = slice(start, start + block_rows)
+            block = grouped[group, :, run]  # [H/K, rows, d]
+            scores = block.flatten(0, 1) * q.shape[-1] ** -0.5 @ k[group].T  # [H/K · rows, V]
+            shares = scores.softmax(dim=-1, dtype=torch.float32)
+            mass[group] += votes[run] @ shares.unflatten(0, block.shape[:2])
+            out[group, :, run] = (shares.type_as(v) @ v[group]).unflatten(0, block.shape[:2])
+    return out.flatten(0, 1), mass.flatten(0, 1)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from llama_vision.cache import Cache
 from llama_vision.config import Config
 from llama_vision.image import TiledImage
+from llama_vision.pruning import Pruner
 from llama_vision.text import TextDecoder
 from llama_vision.vision import VisionEncoder
 from llama_vision.visual import VisualTokens
@@ -51,7 +52,10 @@ class LlamaVisionModel(nn.Module):
             encoded = self._encode_same_size([flat[i] for i in places])
             features.update(zip(places, encoded, strict=True))
         in_order = (features[i] for i in range(len(flat)))
-        return VisualTokens.of_images([[next(in_order) for _ in sample] for sample in images])
+        return VisualTokens.of_images(
+            [[next(in_order) for _ in sample] for sample in images],
+            [[image.grid for image in sample] for sample in images],
+        )
 
     def _encode_same_size(self, images: Sequence[TiledImage]) -> Tensor:
         """Images of t tiles each -> [N, t, P, D]."""
@@ -67,15 +71,21 @@ class LlamaVisionModel(nn.Module):
         *,
         lengths: Sequence[int] | None = None,
         cache: Cache | None = None,
+        pruner: Pruner | None = None,
         last_row_only: bool = False,
     ) -> Tensor:
         """Logits of the next S tokens of each sample.
 
+        A pass begins a new group of images: `<|image|>` ids that follow each other directly belong
+        in one pass.
+
         Args:
             token_ids: [B, S], padded on the right.
-            visual: from `encode_images`, of the images whose ids are in `token_ids`.
+            visual: from `encode_images`, of the images whose ids are in `token_ids`. With a cache
+                it is used up: its features are freed once the last block has read them.
             lengths: real tokens of each sample; S for all if not given.
             cache: what came before; receives these rows and is advanced by `lengths`.
+            pruner: chooses among the visual tokens, see `llama_vision.pruning`.
             last_row_only: logits of each sample's last real row only.
 
         Returns:
@@ -83,7 +93,7 @@ class LlamaVisionModel(nn.Module):
         """
         batch, rows = token_ids.shape
         lengths = [rows] * batch if lengths is None else lengths
-        h = self.text(token_ids, visual, cache)
+        h = self.text(token_ids, lengths, visual, cache, pruner)
         if cache is not None:
             cache.advance(lengths)
         if last_row_only:

@@ -1,11 +1,11 @@
 """The tiled vision encoder: local blocks over all tiles, gated global blocks, tapped features.
 
-    pixels of the real tiles                    [N, t, 3, h, w]
-      patches -> + tile embedding -> class token -> + position embedding -> layernorm_pre
-      pad: each tile to a multiple of 8 tokens, the image to max_num_tiles tiles
-      local blocks ......... the inputs of a few of them are tapped
-      layernorm_post -> + tile embedding -> gated global blocks
-    features of the real tiles                  [N, t, P, E · (1 + taps)]
+pixels of the real tiles                    [N, t, 3, h, w]
+  patches -> + tile embedding -> class token -> + position embedding -> layernorm_pre
+  pad: each tile to a multiple of 8 tokens, the image to max_num_tiles tiles
+  local blocks ......... the inputs of a few of them are tapped
+  layernorm_post -> + tile embedding -> gated global blocks
+features of the real tiles                  [N, t, P, E · (1 + taps)]
 """
 
 import torch
@@ -55,7 +55,7 @@ class VisionEncoder(nn.Module):
         images, tiles = pixels.shape[:2]
         x = self.patch_embedding(pixels.flatten(0, 1)).flatten(2).transpose(1, 2)
         x = x.unflatten(0, (images, tiles))  # [N, t, P - 1, E]
-        # The slots of absent tiles hold black-as-zero pixels; without a bias their patches are zero.
+        # Absent tiles have zero pixels; there is no bias, so their patches are zero too.
         x = F.pad(x, (0, 0, 0, 0, 0, self.config.max_num_tiles - tiles))  # [N, T, P - 1, E]
         x = self.pre_tile_positional_embedding(x, aspect_ids)
         class_tokens = self.class_embedding.expand(*x.shape[:2], 1, -1)

@@ -4,6 +4,7 @@ An image reaches the decoder as tokens of its *real* tiles only. Tokens of one s
 row, image after image, tile after tile, class token before patches.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -15,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 class Stretch(NamedTuple):
-    """Text rows `rows` of one sample that all see the same images, `images` (two half-open runs)."""
+    """Text rows `rows` of one sample that all see the same images, its `images`."""
 
     rows: slice
     images: slice
@@ -52,13 +53,13 @@ def find_stretches(token_ids: Sequence[int], image_token_id: int) -> list[Stretc
     return stretches
 
 
-@dataclass(frozen=True)
+@dataclass
 class VisualTokens:
     """The visual tokens of a batch, each sample's padded on the right to the longest.
 
-    Shapes: `features` [B, V, D], the projector's output; `image`, `tile`, `patch` [B, V], int64, say
-    where a token sits: number of the image in its sample, of the tile in its image (row-major), and
-    0 for the class token or 1 + row · patches_per_side + col. All three are -1 in the padding.
+    Shapes: `features` [B, V, D], the projector's output; `image`, `tile` and `patch` [B, V], int64,
+    say where a token sits: number of the image in its sample, of the tile in its image (row by
+    row), and 0 for the class token or 1 + row · patches_per_side + col. In the padding all are -1.
     """
 
     features: Tensor
@@ -67,19 +68,30 @@ class VisualTokens:
     patch: Tensor
     counts: list[list[int]]
     """Tokens of each image of each sample. Kept on the host, so that slicing needs no transfer."""
+    grids: list[list[tuple[int, int]]]
+    """Rows and columns of tiles of each image of each sample."""
+    patches_per_side: int
+    budget: list[int] | None = None
+    """Most tokens of each sample that a pruner may keep; None for no limit."""
+    keys: Tensor | None = None
+    """[B, K, V, d], of the first cross-attention block; there when a pruner is asked."""
+    kept: Tensor | None = None
+    """[B, V], the pruner's answer; None before, or without one."""
 
     @classmethod
-    def of_images(cls, images: Sequence[Sequence[Tensor]]) -> "VisualTokens":
-        """Lay out the features of each sample's images, each [tiles, P, D]; one at least."""
+    def of_images(
+        cls, images: Sequence[Sequence[Tensor]], grids: Sequence[Sequence[tuple[int, int]]]
+    ) -> "VisualTokens":
+        """Lay out the features of each sample's images, each [t, P, D]; one at least."""
         like = next(features for sample in images for features in sample)
         nothing = like.new_zeros(0, like.shape[-1])
+        rows = [torch.cat([nothing, *(f.flatten(0, 1) for f in sample)]) for sample in images]
         return cls(
-            pad_sequence(
-                [torch.cat([nothing, *(f.flatten(0, 1) for f in sample)]) for sample in images],
-                batch_first=True,
-            ),
+            pad_sequence(rows, batch_first=True),
             *_places(images, like.device),
             counts=[[f.shape[0] * f.shape[1] for f in sample] for sample in images],
+            grids=[list(sample) for sample in grids],
+            patches_per_side=math.isqrt(like.shape[1] - 1),
         )
 
     @property
@@ -92,10 +104,80 @@ class VisualTokens:
         """True for tokens, False for padding: [B, V]."""
         return self.image >= 0
 
+    @property
+    def is_class(self) -> Tensor:
+        """True for the class token of a tile: [B, V]."""
+        return self.patch == 0
+
+    @property
+    def tile_row(self) -> Tensor:
+        """Row of a token's tile in its image: [B, V]; -1 in the padding."""
+        return (self.tile // self._grid_cols).where(self.valid, -1)
+
+    @property
+    def tile_col(self) -> Tensor:
+        """Column of a token's tile in its image: [B, V]; -1 in the padding."""
+        return (self.tile % self._grid_cols).where(self.valid, -1)
+
+    @property
+    def _grid_cols(self) -> Tensor:
+        """Columns of tiles of a token's image: [B, V]; anything in the padding."""
+        cols = [torch.tensor([cols for _, cols in sample] or [1]) for sample in self.grids]
+        of_images = pad_sequence(cols, batch_first=True, padding_value=1).to(self.image.device)
+        return of_images.gather(1, self.image.clamp(min=0))
+
+    @property
+    def patch_row(self) -> Tensor:
+        """Row of a token's patch in its tile: [B, V]; -1 for class tokens and padding."""
+        return ((self.patch - 1) // self.patches_per_side).where(self.patch > 0, -1)
+
+    @property
+    def patch_col(self) -> Tensor:
+        """Column of a token's patch in its tile: [B, V]; -1 for class tokens and padding."""
+        return ((self.patch - 1) % self.patches_per_side).where(self.patch > 0, -1)
+
+    def select(self, keep: Tensor) -> "VisualTokens":
+        """The tokens where keep [B, V] is True, in order."""
+        index = kept_first(keep)
+        filled = keep.gather(1, index)
+        places = (p.gather(1, index).where(filled, -1) for p in (self.image, self.tile, self.patch))
+        on_host = keep.cpu()
+        counts = [
+            [int(part.sum()) for part in row[:length].split(counts)]
+            for row, counts, length in zip(on_host, self.counts, self.lengths, strict=True)
+        ]
+        features = self.features.gather(1, index[..., None].expand(-1, -1, self.features.shape[-1]))
+        return VisualTokens(features, *places, counts, self.grids, self.patches_per_side)
+
+    def kept_of_images(self) -> list[list[Tensor]]:
+        """For each image of each sample which tokens were kept: bool [tiles, P], on the host."""
+        mask = (self.valid if self.kept is None else self.kept).cpu()
+        per_tile = 1 + self.patches_per_side**2
+        return [
+            [part.unflatten(0, (-1, per_tile)) for part in row[: sum(counts)].split(counts)]
+            if counts
+            else []
+            for row, counts in zip(mask, self.counts, strict=True)
+        ]
+
+    def release(self) -> None:
+        """Let go of the features (and keys): nothing reads them again."""
+        self.features = self.features.new_empty(0)
+        self.keys = None
+
     def sights(self, sample: int, stretches: Sequence[Stretch]) -> list[Sight]:
         """What the stretches of one sample see, as runs of tokens (empty where all were pruned)."""
         ends = [0, *accumulate(self.counts[sample])]
         return [Sight(s.rows, slice(ends[s.images.start], ends[s.images.stop])) for s in stretches]
+
+
+def kept_first(keep: Tensor) -> Tensor:
+    """Places of the True entries of each row, in order: [B, V] -> [B, most in a row], int64.
+
+    Rows with fewer go on with places of False entries.
+    """
+    most = int(keep.sum(-1).max())
+    return keep.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :most]
 
 
 def _places(images: Sequence[Sequence[Tensor]], device: torch.device) -> list[Tensor]:
@@ -118,7 +200,9 @@ class Visibility:
         shape: B, S and V of the pass.
     """
 
-    def __init__(self, sights: list[list[Sight]], shape: tuple[int, int, int], device: torch.device):
+    def __init__(
+        self, sights: list[list[Sight]], shape: tuple[int, int, int], device: torch.device
+    ):
         batch, rows, tokens = shape
         self.remembered = [row[-1].tokens if row else slice(0, 0) for row in sights]
         """The run of tokens, per sample, that rows after this pass can still read."""

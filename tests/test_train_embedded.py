@@ -14,10 +14,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 import train_embedded
 from embedded.batches import Pages, Quizzes, Rows
-from embedded.chat import SPECIAL_TOKENS, Chat, Message, train_tokenizer
+from embedded.chat import Chat, Message, train_tokenizer
 from embedded.drawing import CHARACTERS, IGNORED, LABELS, draw, label_patches
 from embedded.exam import guess, make_exam, tally, wilson
-from embedded.export import export, load, official_name
+from embedded.export import export
 from embedded.model import Seer, Student, model_config, vision_config, widen
 from embedded.optimizer import orthogonalize
 from embedded.questions import ask, ask_about_both, describe, place_of
@@ -25,8 +25,9 @@ from embedded.sampling import sample_page, sample_scene
 from embedded.scenes import SHAPES, Background, Canvas, Scene, Shape, TextLine, glyphs_of
 from embedded.sources import COLORS, TRAINED_FAMILIES, UNSEEN_FAMILIES, Face, Sources, sample_rgb
 from embedded.training import Recorder, Stage, train
-from evaluate_embedded import decode
+from evaluate_embedded import answer, compare_rules, paired_difference
 
+from llama_vision import LlamaVision
 from llama_vision.image import tile_image
 
 MINIMAL = Sources.minimal()
@@ -203,37 +204,34 @@ def test_two_pictures_are_asked_about_without_saying_which():
     ],
 )
 def test_the_tokenizer_gives_any_text_back(chat, text):
-    ids = chat.encode(text)
-    assert chat.decode(ids) == text
+    ids = chat.tokenizer.encode(text)
+    assert chat.tokenizer.decode(ids) == text
     assert max(ids) < chat.first_special
 
 
 def test_printed_text_is_read_character_by_character(chat):
-    assert len(chat.encode("harbor")) == 6
-    assert len(chat.encode("X7K2")) == 4
-    assert len(chat.encode("What color is the star?")) == 6
+    assert len(chat.tokenizer.encode("harbor")) == 6
+    assert len(chat.tokenizer.encode("X7K2")) == 4
+    assert len(chat.tokenizer.encode("What color is the star?")) == 6
 
 
 def test_prompts_have_the_layout_of_llama_3(chat):
-    names = {chat.first_special + i: name for i, name in enumerate(SPECIAL_TOKENS)}
-    names[chat.image] = "<|image|>"
     ids = chat.prompt([Message("system", "Be kind."), Message("user", "Hi", 1)])
-    text = "".join(names.get(i) or chat.decode([i]) for i in ids)
-    assert text == (
+    assert chat.tokenizer.decode(ids, special=True) == (
         "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe kind.<|eot_id|>"
         "<|start_header_id|>user<|end_header_id|>\n\n<|image|>Hi<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
     )
-    assert chat.image == chat.vocab_size == chat.first_special + 12
+    assert chat.tokenizer.image_id == chat.vocab_size == chat.first_special + 12
 
 
 def test_only_the_answer_and_its_end_are_learned(chat):
     rows = [([Message("user", "Hi")], "Hello!"), ([Message("user", "What is it?", 1)], "A cat.")]
     batch = Rows.of(chat, rows)
-    for targets, (_, answer) in zip(batch.targets, rows, strict=True):
+    for targets, (_, said) in zip(batch.targets, rows, strict=True):
         learned = targets[targets != IGNORED].tolist()
-        assert learned == chat.answer(answer)
-        assert learned[-1] == chat.special("<|eot_id|>")
+        assert learned == chat.answer(said)
+        assert learned[-1] == chat.tokenizer.special_ids["<|eot_id|>"]
 
 
 @pytest.mark.parametrize("tiles", [1, 3])
@@ -244,9 +242,9 @@ def test_quizzes_of_all_layouts(chat, tiles):
         quiz = quizzes[number]
         assert len(quiz.pictures.pixels) == 4
         assert len(quiz.shown) == len(quiz.rows.ids) == len(quiz.types)
-        images = (quiz.rows.ids == chat.image).sum(1)
+        images = (quiz.rows.ids == chat.tokenizer.image_id).sum(1)
         assert set(images.tolist()) == {quiz.shown.shape[1]}
-        assert not (quiz.talk.ids == chat.image).any()
+        assert not (quiz.talk.ids == chat.tokenizer.image_id).any()
         shown.add(quiz.shown.shape[1])
     assert shown == {1, 2}
 
@@ -321,40 +319,30 @@ def test_the_whole_recipe_ends_in_a_checkpoint_that_answers(tmp_path):
     hours = dict.fromkeys("ABC", 0.5 / 3600)
     student = train_embedded.run(settings, hours, helpers=0, log_every=0.1)
     export(student.model, settings.chat, tmp_path / "checkpoint")
-    model, chat = load(tmp_path / "checkpoint")
+    model = LlamaVision.from_pretrained(tmp_path / "checkpoint", device="cpu")
     for (name, ours), theirs in zip(
-        student.model.named_parameters(), model.parameters(), strict=True
+        student.model.named_parameters(), model.model.parameters(), strict=True
     ):
         assert torch.equal(ours.bfloat16(), theirs), name
+    model = LlamaVision.from_pretrained(tmp_path / "checkpoint", device="cpu", dtype="float32")
     items = make_exam(4, 2, minimal=True)
     assert items == make_exam(4, 2, minimal=True)
-    item = items[0]
-    prompt = chat.prompt([Message("user", item.question.text, 1)])
-    image = tile_image(draw(item.scene), tile_size=112, max_tiles=4)
-    short = chat.prompt([Message("user", "Hi", 1)])
-    model = model.float()
-    together = decode(model, chat, [prompt, short], [[image], [image]])
-    assert together[0] == plainly_decoded(model, chat, prompt, image)
-    assert together[1] == plainly_decoded(model, chat, short, image)
+    answers = answer(model, items, items, batch=3)
+    alone = [answer(model, [item], [item], batch=1)[0] for item in items]
+    assert answers == alone
+    rows = compare_rules(model, items, answers, batch=8)
+    assert [(row["kept"], row["rule"]) for row in rows[:3]] == [
+        (0.75, "trimmed"),
+        (0.75, "random"),
+        (0.75, "uniform"),
+    ]
 
 
-def plainly_decoded(model, chat: Chat, prompt: list[int], image) -> str:
-    """Greedy decoding as slowly and as obviously as it can be done."""
-    ids = list(prompt)
-    with torch.inference_mode():
-        visual = model.encode_images([[image]])
-        while len(ids) < len(prompt) + 64 and chat.special("<|eot_id|>") not in ids[len(prompt) :]:
-            ids.append(model(torch.tensor([ids]), visual)[0, -1].argmax().item())
-    return chat.decode(ids[len(prompt) :])
-
-
-def test_official_names():
-    assert official_name("text.lm_head.weight") == "language_model.lm_head.weight"
-    assert official_name("text.norm.weight") == "language_model.model.norm.weight"
-    assert official_name("vision.class_embedding") == "vision_model.class_embedding"
-    assert official_name("projector.bias") == "multi_modal_projector.bias"
-    with pytest.raises(ValueError, match="no official name"):
-        official_name("labels.weight")
+def test_a_paired_difference_is_of_the_same_questions():
+    hits, others = [True, True, False, True], [True, False, False, False]
+    difference, spread = paired_difference(hits, others)
+    assert difference == 0.5
+    assert spread == pytest.approx(1.96 * (1 / 3) ** 0.5 / 2)
 
 
 # --- the exam -----------------------------------------------------------------------------------

@@ -1,90 +1,120 @@
 """The embedded model's exam: exact answers by type, with intervals, and three controls.
 
-    python tools/evaluate_embedded.py runs/embedded/checkpoint --json exam.json
+    python tools/evaluate_embedded.py weights/embedded --json exam.json
+    python tools/evaluate_embedded.py weights/embedded --trim --elsewhere tools/elsewhere
 
 The controls tell seeing from guessing: the same questions without an image, with another picture's
-image, and the answers that are most frequent in training.
+image, and the answers that are most frequent in training. --trim asks everything again with fewer
+visual tokens, chosen by Trimmed Llama, at random and on a uniform grid, as many by each.
+--elsewhere adds pictures that other programs have drawn, see draw_elsewhere.py.
 """
 
 import argparse
 import json
 import time
 from collections import defaultdict
+from math import sqrt
 from pathlib import Path
 
 import torch
-from embedded.chat import Chat, Message
 from embedded.drawing import draw
 from embedded.exam import Item, guess, make_exam, tally, wilson
-from embedded.export import load
 
-from llama_vision.cache import Cache
+from llama_vision import LlamaVision, Pruner, RandomTokens, TrimmedLlama, UniformGrid
 from llama_vision.config import DTYPES
-from llama_vision.image import TiledImage, tile_image
-from llama_vision.model import LlamaVisionModel
+from llama_vision.image import open_image
 
 MAX_ANSWER = 64
-
-
-@torch.inference_mode()
-def decode(
-    model: LlamaVisionModel, chat: Chat, prompts: list[list[int]], images: list[list[TiledImage]]
-) -> list[str]:
-    """Greedy answers of a batch of prompts, whose images are of one size."""
-    lengths = [len(prompt) for prompt in prompts]
-    ids = torch.full((len(prompts), max(lengths)), chat.padding, device=model.device)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = torch.tensor(prompt)
-    visual = model.encode_images(images)
-    cache = Cache(
-        model.config.text,
-        batch=len(prompts),
-        max_text_tokens=max(lengths) + MAX_ANSWER,
-        visual_capacity=max(visual.lengths) if visual is not None else 0,
-        dtype=model.dtype,
-        device=model.device,
-    )
-    stop = chat.special("<|eot_id|>")
-    logits = model(ids, visual, lengths=lengths, cache=cache, last_row_only=True)
-    written = [logits.argmax(-1)]
-    done = written[-1] == stop
-    while len(written) < MAX_ANSWER and not bool(done.all()):
-        logits = model(written[-1][:, None], cache=cache, last_row_only=True)
-        written.append(logits.argmax(-1))
-        done |= written[-1] == stop
-    rows = torch.stack(written, dim=1).tolist()
-    return [chat.decode(row[: row.index(stop)] if stop in row else row) for row in rows]
+KEPT = (0.75, 0.5, 0.25, 0.1)
+ALL = TrimmedLlama(1.0)
+RULES = {"trimmed": ALL, "random": RandomTokens(keep=ALL), "uniform": UniformGrid(keep=ALL)}
+"""Under a visual budget each keeps as many tokens of a picture as Trimmed Llama does."""
 
 
 def answer(
-    model: LlamaVisionModel, chat: Chat, items: list[Item], shown: list[Item] | None, batch: int
+    model: LlamaVision,
+    items: list[Item],
+    shown: list[Item] | None,
+    batch: int,
+    pruner: Pruner | None = None,
+    budget: float | None = None,
 ) -> list[str]:
-    """Answers to all questions.
+    """Greedy answers to all questions.
 
     Args:
         shown: whose picture each question comes with; None for no picture at all.
     """
-    vision = model.config.vision
-    pictures: dict[int, TiledImage] = {}
     groups = defaultdict(list)
     for place, item in enumerate(shown or items):
-        if shown is not None and item.picture not in pictures:
-            pictures[item.picture] = tile_image(
-                draw(item.scene), tile_size=vision.image_size, max_tiles=vision.max_num_tiles
-            )
         groups[item.tiles].append(place)
     answers = [""] * len(items)
     for places in groups.values():
         for start in range(0, len(places), batch):
             some = places[start : start + batch]
-            prompts = [
-                chat.prompt([Message("user", items[i].question.text, int(shown is not None))])
-                for i in some
-            ]
-            images = [[pictures[shown[i].picture]] if shown is not None else [] for i in some]
-            for place, text in zip(some, decode(model, chat, prompts, images), strict=True):
-                answers[place] = text
+            prompts = []
+            for place in some:
+                picture = [draw(shown[place].scene)] if shown is not None else []
+                content = [*picture, items[place].question.text]
+                prompts.append(model.prompt([{"role": "user", "content": content}]))
+            completions = model.generate(
+                prompts,
+                max_new_tokens=MAX_ANSWER,
+                temperature=0,
+                pruner=pruner,
+                visual_budget=budget,
+            )
+            for place, completion in zip(some, completions, strict=True):
+                answers[place] = completion.text
     return answers
+
+
+def compare_rules(model: LlamaVision, items: list[Item], full: list[str], batch: int) -> list[dict]:
+    """Exact answers by rule and share of tokens kept, and the paired difference from all tokens."""
+    rows = []
+    right = [answer == item.question.answer for item, answer in zip(items, full, strict=True)]
+    for budget in KEPT:
+        for name, rule in RULES.items():
+            answers = answer(model, items, items, batch, rule, budget)
+            hits = [a == item.question.answer for item, a in zip(items, answers, strict=True)]
+            difference, spread = paired_difference(hits, right)
+            rows.append(
+                {
+                    "kept": budget,
+                    "rule": name,
+                    "exact": sum(hits) / len(hits),
+                    "difference": difference,
+                    "interval": spread,
+                    "tables": tally(items, answers),
+                }
+            )
+    return rows
+
+
+def ask_elsewhere(model: LlamaVision, folder: Path) -> dict[str, tuple[int, int]]:
+    """Right answers and questions about the pictures of a folder, by the program that drew them."""
+    table: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for entry in json.loads((folder / "questions.json").read_text(encoding="utf-8")):
+        content = [open_image(folder / entry["picture"]), entry["question"]]
+        prompt = model.prompt([{"role": "user", "content": content}])
+        given = model.generate(prompt, max_new_tokens=MAX_ANSWER, temperature=0).text
+        for group in ("overall", entry["picture"].split("_")[0]):
+            table[group][0] += given == entry["answer"]
+            table[group][1] += 1
+    return {group: (right, asked) for group, (right, asked) in table.items()}
+
+
+def paired_difference(hits: list[bool], others: list[bool]) -> tuple[float, float]:
+    """Mean of hit minus other over the same questions, and half its 95 % interval."""
+    differences = torch.tensor(hits).double() - torch.tensor(others).double()
+    return differences.mean().item(), 1.96 * differences.std().item() / sqrt(len(hits))
+
+
+def report_rules(rows: list[dict]) -> None:
+    """The comparison as Markdown."""
+    print("\n### Fewer visual tokens\n\n| kept | rule | exact | against all |\n|---|---|---|---|")
+    for row in rows:
+        change = f"{row['difference']:+.1%} ± {row['interval']:.1%}"
+        print(f"| {row['kept']:.0%} | {row['rule']} | {row['exact']:.1%} | {change} |")
 
 
 def report(title: str, table: dict[str, tuple[int, int]]) -> None:
@@ -104,6 +134,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pictures", type=int, default=1000)
     parser.add_argument("--questions", type=int, default=3, help="at most, for each picture")
     parser.add_argument("--no-controls", action="store_true")
+    parser.add_argument("--elsewhere", type=Path, metavar="FOLDER")
+    parser.add_argument("--trim", action="store_true", help="also with fewer visual tokens")
     parser.add_argument("--show-wrong", type=int, default=0, help="print so many wrong answers")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--batch", type=int, default=32)
@@ -114,23 +146,29 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
 
-    model, chat = load(options.checkpoint)
-    model = model.to(options.device, DTYPES[options.dtype])
+    model = LlamaVision.from_pretrained(
+        options.checkpoint, device=options.device, dtype=options.dtype
+    )
     items = make_exam(options.pictures, options.questions, minimal=options.minimal)
     started = time.monotonic()
-    answers = answer(model, chat, items, items, options.batch)
+    answers = answer(model, items, items, options.batch)
     print(f"{len(items)} questions in {time.monotonic() - started:.0f} s")
     tables = {"with its picture": tally(items, answers)}
     if not options.no_controls:
         # The questions of a picture stand together: three places on, another one is shown.
         away = options.questions
         others = items[away:] + items[:away]
-        tables["no picture"] = tally(items, answer(model, chat, items, None, options.batch))
-        tables["another picture"] = tally(items, answer(model, chat, items, others, options.batch))
+        tables["no picture"] = tally(items, answer(model, items, None, options.batch))
+        tables["another picture"] = tally(items, answer(model, items, others, options.batch))
         guesses = [guess(item.question, options.minimal) for item in items]
         tables["most frequent answer"] = tally(items, guesses)
+    if options.elsewhere:
+        tables["drawn by other programs"] = ask_elsewhere(model, options.elsewhere)
     for title, table in tables.items():
         report(title, table)
+    if options.trim:
+        tables["fewer visual tokens"] = compare_rules(model, items, answers, options.batch)
+        report_rules(tables["fewer visual tokens"])
     wrong = [(i, a) for i, a in zip(items, answers, strict=True) if a != i.question.answer]
     for item, given in wrong[: options.show_wrong]:
         question = item.question

@@ -3,32 +3,21 @@
 import io
 from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from random import Random
 
 import sentencepiece
+from PIL import Image
 
 from embedded.questions import ask
 from embedded.sampling import sample_scene
 from embedded.sources import Sources
 from embedded.talk import NO_PICTURE, SMALL_TALK, SYSTEM_MESSAGES
+from llama_vision.chat import chat_prompt
+from llama_vision.tokenizer import SPECIAL_TOKENS, Pieces, Tokenizer
 
-SPECIAL_TOKENS = (
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|reserved_special_token_0|>",
-    "<|reserved_special_token_1|>",
-    "<|finetune_right_pad_id|>",
-    "<|step_id|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eom_id|>",
-    "<|eot_id|>",
-    "<|python_tag|>",
-    "<|reserved_special_token_2|>",
-)
-"""Ids N, N + 1, … after N SentencePiece pieces. `<|image|>` follows, past the vocabulary."""
+ANY_IMAGE = Image.new("RGB", (1, 1))
+"""Stands for a picture where only its place in the text matters."""
 
 PRINTED = "".join(chr(code) for code in range(33, 127))
 
@@ -102,59 +91,24 @@ class Message:
 
 
 class Chat:
-    """Text and messages to ids."""
+    """Texts and messages to the ids that the package will make of them; travels to processes."""
 
     def __init__(self, path: Path):
         self.path = path
-        self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        self.first_special = self.pieces.vocab_size()
+        pieces = Pieces(path.read_bytes())
+        self.first_special = pieces.size
+        self.vocab_size = pieces.size + len(SPECIAL_TOKENS)
+        self.tokenizer = Tokenizer(pieces, self.first_special, self.vocab_size)
+        self.padding = self.tokenizer.special_ids["<|finetune_right_pad_id|>"]
 
     def __reduce__(self):
         return Chat, (self.path,)
 
-    def special(self, name: str) -> int:
-        """Id of a special token."""
-        return self.first_special + SPECIAL_TOKENS.index(name)
-
-    @cached_property
-    def vocab_size(self) -> int:
-        """All ids that the model can generate."""
-        return self.first_special + len(SPECIAL_TOKENS)
-
-    @property
-    def image(self) -> int:
-        """Id of `<|image|>`."""
-        return self.vocab_size
-
-    @property
-    def padding(self) -> int:
-        """What fills short rows; nothing looks at it."""
-        return self.special("<|finetune_right_pad_id|>")
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of plain text."""
-        return self.pieces.encode(text)
-
-    def decode(self, ids: list[int]) -> str:
-        """Plain text of ids; special ones are left out."""
-        return self.pieces.decode([i for i in ids if i < self.first_special])
-
-    def _header(self, role: str) -> list[int]:
-        return [
-            self.special("<|start_header_id|>"),
-            *self.encode(role),
-            self.special("<|end_header_id|>"),
-            *self.encode("\n\n"),
-        ]
-
     def prompt(self, messages: list[Message]) -> list[int]:
         """All messages, and the header of the answer to come."""
-        ids = [self.special("<|begin_of_text|>")]
-        for message in messages:
-            ids += self._header(message.role) + [self.image] * message.images
-            ids += [*self.encode(message.text), self.special("<|eot_id|>")]
-        return ids + self._header("assistant")
+        turns = [{"role": m.role, "content": [*[ANY_IMAGE] * m.images, m.text]} for m in messages]
+        return list(chat_prompt(turns, self.tokenizer).token_ids)
 
     def answer(self, text: str) -> list[int]:
         """An answer and its end."""
-        return [*self.encode(text), self.special("<|eot_id|>")]
+        return [*self.tokenizer.encode(text), self.tokenizer.special_ids["<|eot_id|>"]]

@@ -133,7 +133,7 @@ class Student(nn.Module):
     def hidden(self, ids: Tensor, features: Tensor | None, shown: Tensor | None) -> Tensor:
         """Hidden states [R, S, D] of rows [R, S] that each show the pictures `shown` [R, n]."""
         visual = None if features is None else show(features, shown)
-        return self.model.text(ids, visual, None)
+        return self.model.text(ids, [ids.shape[1]] * len(ids), visual)
 
 
 def show(features: Tensor, shown: Tensor) -> VisualTokens:
@@ -143,15 +143,8 @@ def show(features: Tensor, shown: Tensor) -> VisualTokens:
         features: [N, t, P, D].
         shown: [R, n], which pictures a row shows.
     """
-    rows, images = shown.shape
-    _, tiles, tokens, width = features.shape
-    places = torch.cartesian_prod(*(torch.arange(n) for n in (images, tiles, tokens)))
-    places = places.to(features.device).T[:, None].expand(-1, rows, -1)  # [3, R, V]
-    return VisualTokens(
-        features[shown].reshape(rows, -1, width),
-        *places,
-        counts=[[tiles * tokens] * images for _ in range(rows)],
-    )
+    grids = [[(1, features.shape[1])] * shown.shape[1]] * len(shown)  # nothing here asks for them
+    return VisualTokens.of_images([list(features[row]) for row in shown], grids)
 
 
 def label_losses(

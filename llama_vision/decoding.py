@@ -1,0 +1,233 @@
+"""One batch being generated: prefill, decode, sample, and what came of it."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llama_vision.cache import Cache
+from llama_vision.chat import Prompt
+from llama_vision.config import Config
+from llama_vision.image import TiledImage
+from llama_vision.model import LlamaVisionModel
+from llama_vision.pruning import Pruner
+from llama_vision.sampling import Sampling
+from llama_vision.tokenizer import TextStream, Tokenizer
+from llama_vision.visual import VisualTokens, find_stretches
+
+
+class VisualCounts(NamedTuple):
+    """Visual tokens of one sample."""
+
+    encoded: int
+    """What the vision encoder computed: always `max_num_tiles` tiles an image."""
+    valid: int
+    """Those of real tiles."""
+    kept: int
+    """Those that the cross-attention blocks after the first, and decoding, could read."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the model made of one prompt."""
+
+    token_ids: list[int]
+    """Generated ids, a final stop token included."""
+    logprobs: list[float]
+    """Natural log of each id's probability under the model itself (temperature 1), float32."""
+    text: str
+    """Without special tokens; empty where the checkpoint has no tokenizer."""
+    finish_reason: Literal["stop", "length", "interrupted"]
+    visual_tokens: VisualCounts
+    kept: list[Tensor]
+    """For each image a bool tensor [tiles, P]; class token first, then patches row by row."""
+
+
+class Generation:
+    """One batch of prompts being continued. Iterate over it; then ask for `completions()`.
+
+    Every step gives the new token id of each sample, None once that sample has finished. Made by
+    `LlamaVision.start`, which checks and completes the settings.
+
+    Args:
+        images: the tiled images of each prompt.
+        limits: most tokens of each sample, prompt and answer together.
+        budget: most visual tokens of each sample to keep; None for no limit.
+    """
+
+    def __init__(
+        self,
+        model: LlamaVisionModel,
+        tokenizer: Tokenizer | None,
+        prompts: Sequence[Prompt],
+        images: list[list[TiledImage]],
+        *,
+        limits: list[int],
+        sampling: Sampling,
+        seed: int,
+        stop_ids: frozenset[int],
+        pruner: Pruner | None,
+        budget: list[int] | None,
+    ):
+        self.model, self.tokenizer = model, tokenizer
+        self.prompts, self.images = prompts, images
+        self.limits, self.sampling, self.stop_ids = limits, sampling, stop_ids
+        self.pruner, self.budget = pruner, budget
+        self.generators = [torch.Generator().manual_seed(seed) for _ in prompts]
+        self.cache = self._allocate()
+        self.kept: list[list[Tensor]] = [[] for _ in prompts]
+        self.token_ids: list[list[int]] = [[] for _ in prompts]
+        self.logprobs: list[list[float]] = [[] for _ in prompts]
+        self.finish_reasons: list[str | None] = [None] * len(prompts)
+        self.seconds = {"vision": 0.0, "prefill": 0.0, "decode": 0.0}
+
+    def __iter__(self) -> Iterator[list[int | None]]:
+        """Prefill, then decode until every sample has finished."""
+        logits = self._prefill()
+        while True:
+            with _Stopwatch(self.seconds, "decode", self.model.device):
+                new = self._choose(logits)
+            yield new
+            if all(self.finish_reasons):
+                return
+            with _Stopwatch(self.seconds, "decode", self.model.device):
+                logits = self._decode(new)
+
+    def text_pieces(self) -> Iterator[str]:
+        """The text of the only sample, in pieces of whole characters."""
+        stream = TextStream(self.tokenizer)
+        for (token,) in self:
+            if token not in self.stop_ids:
+                yield stream.add(token)
+        yield stream.end()
+
+    def completions(self) -> list[Completion]:
+        """What has been made so far, one for each prompt."""
+        return [self._completion(sample) for sample in range(len(self.prompts))]
+
+    @torch.inference_mode()
+    def _prefill(self) -> Tensor:
+        """Encode the images, run the prompts: logits [B, vocabulary] of their last rows."""
+        device = self.model.device
+        with _Stopwatch(self.seconds, "vision", device):
+            visual = self.model.encode_images(self.images)
+        with _Stopwatch(self.seconds, "prefill", device):
+            logits = self._run_prompts(visual)
+        if visual is not None:
+            self.kept = visual.kept_of_images()
+        return logits
+
+    def _run_prompts(self, visual: VisualTokens | None) -> Tensor:
+        if visual is not None:
+            visual.budget = self.budget
+        lengths = [len(prompt.token_ids) for prompt in self.prompts]
+        token_ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
+        for sample, prompt in enumerate(self.prompts):
+            token_ids[sample, : lengths[sample]] = torch.tensor(list(prompt.token_ids))
+        return self.model(
+            token_ids.to(self.model.device),
+            visual,
+            lengths=lengths,
+            cache=self.cache,
+            pruner=self.pruner,
+            last_row_only=True,
+        )
+
+    @torch.inference_mode()
+    def _decode(self, new: list[int | None]) -> Tensor:
+        """One more row for each sample that has not finished: logits [B, vocabulary]."""
+        rows = torch.tensor([[token or 0] for token in new], device=self.model.device)
+        lengths = [0 if reason else 1 for reason in self.finish_reasons]
+        return self.model(rows, lengths=lengths, cache=self.cache, last_row_only=True)
+
+    @torch.inference_mode()
+    def _choose(self, logits: Tensor) -> list[int | None]:
+        """Draw each sample's next token and note it; None for those that had finished."""
+        chosen = self.sampling.choose(logits, self.generators)
+        logprobs = logits.log_softmax(dim=-1).gather(-1, chosen[:, None]).squeeze(-1)
+        step: list[int | None] = []
+        for sample, (token, logprob) in enumerate(
+            zip(chosen.tolist(), logprobs.tolist(), strict=True)
+        ):
+            if self.finish_reasons[sample]:
+                step.append(None)
+                continue
+            step.append(token)
+            self.token_ids[sample].append(token)
+            self.logprobs[sample].append(logprob)
+            length = len(self.prompts[sample].token_ids) + len(self.token_ids[sample])
+            if token in self.stop_ids:
+                self.finish_reasons[sample] = "stop"
+            elif length == self.limits[sample]:
+                self.finish_reasons[sample] = "length"
+        return step
+
+    def _allocate(self) -> Cache:
+        """The cache: room for the limits' text rows, and for the budget or what decoding reads.
+
+        What a pruner leaves without a budget is not known yet: the store then takes it in prefill.
+        """
+        needs = visual_needs(self.prompts, self.images, self.model.config)
+        capacity = max(needs) if self.pruner is None else None
+        if self.budget is not None:
+            capacity = max(self.budget)
+        whole_first_layer = not getattr(self.pruner, "trim_first_layer", True)
+        return Cache(
+            self.model.config.text,
+            batch=len(self.prompts),
+            max_text_tokens=max(self.limits),
+            visual_capacity=capacity,
+            first_visual_capacity=max(needs) if whole_first_layer else None,
+            dtype=self.model.dtype,
+            device=self.model.device,
+        )
+
+    def _completion(self, sample: int) -> Completion:
+        spoken = [token for token in self.token_ids[sample] if token not in self.stop_ids]
+        vision = self.model.config.vision
+        images = self.images[sample]
+        encoded = len(images) * vision.max_num_tiles * vision.tokens_per_tile
+        valid = sum(len(image.pixels) for image in images) * vision.tokens_per_tile
+        kept = sum(int(mask.sum()) for mask in self.kept[sample])
+        return Completion(
+            token_ids=list(self.token_ids[sample]),
+            logprobs=list(self.logprobs[sample]),
+            text=self.tokenizer.decode(spoken) if self.tokenizer else "",
+            finish_reason=self.finish_reasons[sample] or "interrupted",
+            visual_tokens=VisualCounts(encoded, valid, kept),
+            kept=self.kept[sample],
+        )
+
+
+def visual_needs(
+    prompts: Sequence[Prompt], images: Sequence[Sequence[TiledImage]], config: Config
+) -> list[int]:
+    """Visual tokens that decoding reads of each sample: those that its prompt's last row sees."""
+    needs = []
+    for prompt, sample in zip(prompts, images, strict=True):
+        stretches = find_stretches(prompt.token_ids, config.text.image_token_id)
+        seen = sample[stretches[-1].images] if stretches else []
+        needs.append(sum(len(image.pixels) for image in seen) * config.vision.tokens_per_tile)
+    return needs
+
+
+class _Stopwatch:
+    """Adds the seconds spent inside to one entry, waiting for the device at both ends."""
+
+    def __init__(self, seconds: dict[str, float], name: str, device: torch.device):
+        self.seconds, self.name, self.device = seconds, name, device
+
+    def __enter__(self) -> None:
+        self._wait()
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._wait()
+        self.seconds[self.name] += time.perf_counter() - self.start
+
+    def _wait(self) -> None:
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).synchronize()

@@ -1,0 +1,303 @@
+"""The face that people use: a loaded checkpoint that answers."""
+
+import json
+import math
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama_vision.chat import Prompt, PromptError, chat_prompt
+from llama_vision.checkpoint import choose_device, choose_dtype, find_checkpoint, load_model
+from llama_vision.config import Config, SettingError
+from llama_vision.decoding import Completion, Generation, visual_needs
+from llama_vision.image import TiledImage, tile_image
+from llama_vision.model import LlamaVisionModel
+from llama_vision.pruning import Pruner, PruningError
+from llama_vision.sampling import Sampling
+from llama_vision.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+class LlamaVision:
+    """A loaded checkpoint. Make one with `from_pretrained`."""
+
+    def __init__(
+        self,
+        model: LlamaVisionModel,
+        tokenizer: Tokenizer | None = None,
+        *,
+        sampling: Sampling | None = None,
+        stop_ids: Sequence[int] | None = None,
+    ):
+        self.model = model
+        self.config = model.config
+        self.tokenizer = tokenizer
+        self.sampling = sampling or Sampling()
+        self.stop_ids = frozenset(self.config.text.eos_token_ids if stop_ids is None else stop_ids)
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, *, device: str = "auto", dtype: str | torch.dtype = "auto"
+    ) -> "LlamaVision":
+        """Load a checkpoint in the official layout.
+
+        Args:
+            source: a directory, or a repository id (looked for in the local cache first).
+            device: "auto" (CUDA, then MPS, then CPU) or a torch device.
+            dtype: "auto" (the checkpoint's own), "bfloat16", "float16" or "float32".
+
+        Raises:
+            LlamaVisionError: of the kind that fits: where it is not found, not complete, not
+                consistent, or the device is not there.
+        """
+        chosen = choose_device(device)
+        directory = find_checkpoint(source)
+        config = Config.from_directory(directory)
+        tokenizer = load_tokenizer(directory, config.text)
+        sampling, stop_ids = _generation_defaults(directory)
+        model = load_model(
+            directory, config, device=chosen, dtype=choose_dtype(dtype, config.dtype)
+        )
+        return cls(model, tokenizer, sampling=sampling, stop_ids=stop_ids)
+
+    @torch.inference_mode()
+    def logits(
+        self,
+        prompt: Prompt,
+        *,
+        pruner: Pruner | None = None,
+        visual_budget: float | int | None = None,
+        max_tiles: int | None = None,
+    ) -> Tensor:
+        """The prompt's own logits: [S, vocabulary], float32. For the settings see `start`."""
+        self.check(prompt)
+        images = [self.tile(prompt, max_tiles)]
+        budget = self._budget([prompt], images, visual_budget, pruner)
+        token_ids = torch.tensor([list(prompt.token_ids)], device=self.model.device)
+        visual = self.model.encode_images(images)
+        if visual is not None:
+            visual.budget = budget
+        return self.model(token_ids, visual, pruner=pruner)[0]
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], **settings: Any
+    ) -> Completion | list[Completion]:
+        """Go on from one prompt, or from several in one batch; each as if it were alone.
+
+        Args:
+            prompts: a `Prompt` or a list of them.
+            settings: see `start`.
+
+        Returns:
+            A `Completion`, or a list of them in the same order.
+        """
+        alone = isinstance(prompts, Prompt)
+        generation = self.start([prompts] if alone else prompts, **settings)
+        for _ in generation:
+            pass
+        completions = generation.completions()
+        return completions[0] if alone else completions
+
+    def stream(self, prompt: Prompt | Messages, **settings: Any) -> Iterator[str]:
+        """Yield the answer's text in pieces of whole characters, as they are made.
+
+        Args:
+            prompt: a `Prompt`, or messages for `chat_prompt`.
+            settings: see `start`.
+        """
+        self.need_tokenizer()
+        if not isinstance(prompt, Prompt):
+            prompt = self.prompt(prompt)
+        yield from self.start([prompt], **settings).text_pieces()
+
+    def start(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+        pruner: Pruner | None = None,
+        visual_budget: float | int | None = None,
+        ignore_stop: bool = False,
+        max_seq_len: int | None = None,
+        max_tiles: int | None = None,
+    ) -> Generation:
+        """Check the settings, allocate the cache, and return the run, to be iterated over.
+
+        Args:
+            max_new_tokens: most tokens to make for each prompt.
+            temperature, top_p, top_k: None for the checkpoint's own; temperature 0 is greedy.
+            seed: of the random draws, the same for every sample; None for a new one each time.
+            pruner: chooses which visual tokens to keep, see `llama_vision.pruning`; None keeps all.
+            visual_budget: most visual tokens of each sample to keep, as a count or (a float) as a
+                fraction of them; the cache is allocated for exactly that.
+            ignore_stop: go on past stop tokens.
+            max_seq_len: most tokens of prompt and answer together; None for what the model allows.
+            max_tiles: most tiles an image is cut into; None for what the model allows.
+
+        Raises:
+            LlamaVisionError: a setting is out of range, or a prompt is too long or inconsistent.
+        """
+        prompts = list(prompts)
+        if not prompts:
+            raise PromptError("no prompt was given; expected at least one")
+        for prompt in prompts:
+            self.check(prompt)
+        limits = self._limits(prompts, max_new_tokens, max_seq_len)
+        images = [self.tile(prompt, max_tiles) for prompt in prompts]
+        given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+        given = {name: value for name, value in given.items() if value is not None}
+        return Generation(
+            self.model,
+            self.tokenizer,
+            prompts,
+            images,
+            limits=limits,
+            sampling=replace(self.sampling, **given),
+            seed=secrets.randbits(63) if seed is None else seed,
+            stop_ids=frozenset() if ignore_stop else self.stop_ids,
+            pruner=pruner,
+            budget=self._budget(prompts, images, visual_budget, pruner),
+        )
+
+    def prompt(self, messages: Messages) -> Prompt:
+        """The prompt that asks for the next turn of a conversation."""
+        return chat_prompt(messages, self.need_tokenizer())
+
+    def need_tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            TokenizerError: the checkpoint came without one.
+        """
+        if self.tokenizer is None:
+            raise TokenizerError(
+                "this checkpoint has no tokenizer.model or tokenizer.json, and text needs one; "
+                "put the file beside config.json, or pass a Prompt of token ids"
+            )
+        return self.tokenizer
+
+    def tile(self, prompt: Prompt, max_tiles: int | None = None) -> list[TiledImage]:
+        """Cut a prompt's images into tiles, of at most `max_tiles` or what the model allows."""
+        vision = self.config.vision
+        most = vision.max_num_tiles if max_tiles is None else max_tiles
+        if not 1 <= most <= vision.max_num_tiles:
+            raise SettingError(
+                f"max_tiles is {most}; expected 1 to {vision.max_num_tiles} for this model"
+            )
+        return [
+            tile_image(image, tile_size=vision.image_size, max_tiles=most)
+            for image in prompt.images
+        ]
+
+    def check(self, prompt: Prompt) -> None:
+        """Raise PromptError for what the model cannot read."""
+        ids = list(prompt.token_ids)
+        image_id = self.config.text.image_token_id
+        if not ids:
+            raise PromptError("the prompt is empty; expected at least one token id")
+        strange = [token for token in ids if not 0 <= token <= image_id]
+        if strange:
+            raise PromptError(
+                f"token id {strange[0]} is out of range; expected 0 to {image_id} (<|image|>)"
+            )
+        places = ids.count(image_id)
+        if places != len(prompt.images):
+            raise PromptError(
+                f"the prompt has {places} <|image|> ids (id {image_id}) and {len(prompt.images)} "
+                "images; expected as many"
+            )
+
+    def _limits(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, max_seq_len: int | None
+    ) -> list[int]:
+        """Most tokens, prompt and answer together, of each sample."""
+        check_max_new_tokens(max_new_tokens)
+        allowed = self.config.text.max_position_embeddings
+        most = allowed if max_seq_len is None else max_seq_len
+        if not 1 <= most <= allowed:
+            raise SettingError(f"max_seq_len is {most}; expected 1 to {allowed} for this model")
+        longest = max(len(prompt.token_ids) for prompt in prompts)
+        if longest >= most:
+            raise PromptError(
+                f"the prompt is {longest} tokens long and --max-seq-len (max_seq_len) is {most}; "
+                f"expected at least {longest + 1}, to leave room for an answer"
+            )
+        return [min(len(prompt.token_ids) + max_new_tokens, most) for prompt in prompts]
+
+    def _budget(
+        self,
+        prompts: Sequence[Prompt],
+        images: Sequence[Sequence[TiledImage]],
+        budget: float | int | None,
+        pruner: Pruner | None,
+    ) -> list[int] | None:
+        """A visual budget in tokens of each sample; a fraction is of the tokens of its real tiles.
+
+        Raises:
+            PruningError: it is no fraction in (0, 1] and no count of at least 1, or less than is
+                needed and no pruner would choose.
+        """
+        if budget is None:
+            return None
+        is_number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
+        if not is_number or not budget > 0 or (isinstance(budget, float) and budget > 1):
+            raise PruningError(
+                f"visual_budget is {budget!r}; expected a fraction above 0 and at most 1.0, "
+                "or a whole number of tokens"
+            )
+        allowed = []
+        per_tile = self.config.vision.tokens_per_tile
+        for sample, need in enumerate(visual_needs(prompts, images, self.config)):
+            tokens = sum(len(image.pixels) for image in images[sample]) * per_tile
+            most = min(budget, tokens) if isinstance(budget, int) else math.floor(budget * tokens)
+            if tokens and not most:
+                raise PruningError(
+                    f"visual_budget is {budget!r}, less than one of the {tokens} visual tokens of "
+                    f"sample {sample}; expected a larger fraction, or a whole number of tokens"
+                )
+            if need > most and pruner is None:
+                raise PruningError(
+                    f"the images need {need} visual tokens and the visual budget is {most}; "
+                    f"raise --visual-budget (visual_budget) to {need}, or choose a pruner, "
+                    "such as --k-ratio 0.5 (pruner=TrimmedLlama(0.5))"
+                )
+            allowed.append(most)
+        return allowed
+
+
+def check_max_new_tokens(count: int) -> None:
+    """Raise SettingError for a count below 1."""
+    if count < 1:
+        raise SettingError(f"max_new_tokens is {count}; expected 1 or more")
+
+
+def _generation_defaults(directory: Path) -> tuple[Sampling, list[int] | None]:
+    """What generation_config.json asks for; without one greedy, and the model's stop ids."""
+    path = directory / "generation_config.json"
+    if not path.is_file():
+        return Sampling(), None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        stop = data.get("eos_token_id")
+        sampling = Sampling()
+        if data.get("do_sample"):
+            sampling = Sampling(
+                float(data.get("temperature", 1.0)),
+                float(data.get("top_p", 1.0)),
+                int(data.get("top_k") or 0),
+            )
+    except (ValueError, TypeError, AttributeError) as error:
+        raise SettingError(f"{path} cannot be read: {error!r}; correct or remove it") from None
+    if stop is not None and not isinstance(stop, list):
+        stop = [stop]
+    return sampling, stop

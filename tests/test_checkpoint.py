@@ -1,0 +1,458 @@
+"""Checkpoints: the proof that every tensor is used once, and where the files come from."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+from conftest import TINY
+from safetensors.torch import load_file, save_file
+from stub_hub import REPO, StubHub
+
+from llama_vision.checkpoint import (
+    BUFFER_BYTES,
+    CheckpointError,
+    choose_device,
+    choose_dtype,
+    download,
+    find_checkpoint,
+    load_model,
+    official_names,
+)
+from llama_vision.config import DTYPES, Config, SettingError
+from llama_vision.model import LlamaVisionModel
+
+ROOT = Path(__file__).parent.parent
+FIRST, SECOND = (f"model-0000{n}-of-00002.safetensors" for n in (1, 2))
+INDEX = "model.safetensors.index.json"
+HEAD = "language_model.lm_head.weight"
+FC1 = "vision_model.transformer.layers.0.mlp.fc1.bias"
+
+
+def load(directory: Path, dtype: torch.dtype = torch.float32) -> LlamaVisionModel:
+    config = Config.from_directory(directory)
+    return load_model(directory, config, device=torch.device("cpu"), dtype=dtype)
+
+
+def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
+    """Every tensor in a directory's files, by its name there."""
+    return {k: v for shard in directory.glob("*.safetensors") for k, v in load_file(shard).items()}
+
+
+def shard_with(directory: Path, name: str) -> Path:
+    """The file that a tensor is in."""
+    return next(s for s in sorted(directory.glob("*.safetensors")) if name in load_file(s))
+
+
+def change(directory: Path, name: str, edit) -> None:
+    """Replace the shard that holds a tensor by one with `edit(tensors)`."""
+    shard = shard_with(directory, name)
+    tensors = load_file(shard)
+    edit(tensors)
+    save_file(tensors, shard)
+
+
+def write_index(directory: Path, text: str) -> None:
+    (directory / INDEX).write_text(text)
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """A copy of the tiny checkpoint, to be damaged."""
+    return Path(shutil.copytree(TINY, tmp_path / "checkpoint"))
+
+
+# Loading
+
+
+@pytest.fixture(scope="module")
+def original() -> dict[str, torch.Tensor]:
+    return tensors_of(TINY)
+
+
+def assert_loaded(model: LlamaVisionModel, original: dict[str, torch.Tensor]) -> None:
+    """Every parameter equals its tensor bit for bit, by the name table of 2024."""
+    parameters = dict(model.named_parameters())
+    names = official_names(list(parameters))
+    assert names.keys() == original.keys()
+    for official, ours in names.items():
+        assert torch.equal(parameters[ours], original[official]), official
+
+
+def test_every_parameter_is_its_tensor_in_the_files(original):
+    assert_loaded(load(TINY), original)
+
+
+def test_a_single_file_loads_equal(checkpoint, original):
+    for file in (FIRST, SECOND, INDEX):
+        (checkpoint / file).unlink()
+    save_file(original, checkpoint / "model.safetensors")
+    assert_loaded(load(checkpoint), original)
+
+
+def test_names_of_newer_files_load_equal(checkpoint, original):
+    newer = (
+        ("language_model.model.", "model.language_model."),
+        ("language_model.lm_head.", "lm_head."),
+        ("vision_model.", "model.vision_model."),
+        ("multi_modal_projector.", "model.multi_modal_projector."),
+    )
+    for shard in (FIRST, SECOND):
+        tensors = {}
+        for name, tensor in load_file(checkpoint / shard).items():
+            old, new = next(row for row in newer if name.startswith(row[0]))
+            tensors[new + name.removeprefix(old)] = tensor
+        save_file(tensors, checkpoint / shard)
+    assert_loaded(load(checkpoint), original)
+
+
+def test_a_random_checkpoint_comes_back_bit_for_bit(checkpoint):
+    for shard in (FIRST, SECOND):
+        tensors = load_file(checkpoint / shard)
+        save_file({k: torch.randn_like(v) for k, v in tensors.items()}, checkpoint / shard)
+    assert_loaded(load(checkpoint), tensors_of(checkpoint))
+
+
+def test_a_tensor_larger_than_the_buffer_loads_in_pieces(checkpoint, original, monkeypatch):
+    monkeypatch.setattr("llama_vision.checkpoint.BUFFER_BYTES", 1000)
+    assert BUFFER_BYTES > 1000
+    assert_loaded(load(checkpoint), original)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+@pytest.mark.parametrize("stored", [*DTYPES.values(), torch.float64], ids=str)
+def test_stored_types_are_converted_to_the_one_asked_for(checkpoint, original, stored, dtype):
+    for shard in (FIRST, SECOND):
+        tensors = load_file(checkpoint / shard)
+        save_file({k: v.to(stored) for k, v in tensors.items()}, checkpoint / shard)
+    assert_loaded(load(checkpoint, dtype), {k: v.to(stored).to(dtype) for k, v in original.items()})
+
+
+def test_parameters_are_filled_frozen_and_the_model_is_in_eval_mode():
+    model = load(TINY)
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module.training for module in model.modules())
+
+
+def test_a_loaded_model_does_not_depend_on_its_files(checkpoint, original):
+    model = load(checkpoint)
+    for shard in (FIRST, SECOND):
+        (checkpoint / shard).write_bytes(b"")
+    assert_loaded(model, original)
+
+
+def test_loading_imports_no_compiler():
+    """The meta device's random fill would import torch._dynamo: a second of every start."""
+    code = (
+        "import sys; from llama_vision import LlamaVision; "
+        f"LlamaVision.from_pretrained({str(TINY)!r}, device='cpu'); "
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+# Damage
+
+
+DAMAGE = {
+    "a missing shard": (
+        lambda d: (d / FIRST).unlink(),
+        ["lacks 1 of 2 shards", FIRST],
+    ),
+    "a truncated shard": (
+        lambda d: (d / SECOND).write_bytes((d / SECOND).read_bytes()[:-100]),
+        [SECOND, "cut short"],
+    ),
+    "an empty shard": (
+        lambda d: (d / SECOND).write_bytes(b""),
+        [SECOND, "0 bytes"],
+    ),
+    "a shard that is something else": (
+        lambda d: (d / FIRST).write_bytes(b"<html>please log in</html>" * 100),
+        [FIRST, "damaged"],
+    ),
+    "a misshapen tensor": (
+        lambda d: change(d, HEAD, lambda t: t.update({HEAD: t[HEAD][1:].contiguous()})),
+        [f"1 misshapen: {HEAD} [511, 64] instead of [512, 64]"],
+    ),
+    "a missing tensor": (
+        lambda d: change(d, HEAD, lambda t: t.pop(HEAD)),
+        [f"1 missing: {HEAD}"],
+    ),
+    "an unexpected tensor": (
+        lambda d: change(d, HEAD, lambda t: t.update({"language_model.extra": torch.ones(2)})),
+        ["1 unexpected: language_model.extra"],
+    ),
+    "a tensor twice": (
+        lambda d: [
+            change(d, name, lambda t: t.update({"twice": torch.ones(2)}))
+            for name in (load_keys(d / FIRST)[0], load_keys(d / SECOND)[0])
+        ],
+        [f"twice is in both {FIRST} and {SECOND}"],
+    ),
+    "an integer tensor": (
+        lambda d: change(d, FC1, lambda t: t.update({FC1: t[FC1].to(torch.int8)})),
+        [f"1 of an unsupported type: {FC1} (I8)"],
+    ),
+    "an index that is no JSON": (
+        lambda d: write_index(d, '{"weight_map": {'),
+        [INDEX, "damaged"],
+    ),
+    "an index without a map": (
+        lambda d: write_index(d, "{}"),
+        [INDEX, "damaged", "weight_map"],
+    ),
+    "an index of numbers": (
+        lambda d: write_index(d, '{"weight_map": {"a": 1}}'),
+        [INDEX, "damaged"],
+    ),
+    "an empty index": (
+        lambda d: write_index(d, '{"weight_map": {}}'),
+        ["216 missing"],
+    ),
+    "no weights": (
+        lambda d: [(d / file).unlink() for file in (FIRST, SECOND, INDEX)],
+        ["no model.safetensors"],
+    ),
+}
+
+
+def load_keys(shard: Path) -> list[str]:
+    return sorted(load_file(shard))
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_told_in_one_error(checkpoint, damage):
+    break_it, says = DAMAGE[damage]
+    break_it(checkpoint)
+    with pytest.raises(CheckpointError) as error:
+        load(checkpoint)
+    for words in says:
+        assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_everything_wrong_with_the_tensors_is_in_the_same_error(checkpoint):
+    def break_much(tensors):
+        tensors["extra"] = torch.ones(1)
+        tensors[FC1] = tensors[FC1].to(torch.int32)
+
+    change(checkpoint, FC1, break_much)
+    change(checkpoint, HEAD, lambda t: t.update({HEAD: torch.ones(3)}))
+    missing = "multi_modal_projector.bias"
+    change(checkpoint, missing, lambda t: t.pop(missing))
+    with pytest.raises(CheckpointError) as error:
+        load(checkpoint)
+    for kind in ("1 missing", "1 unexpected", "1 misshapen", "1 of an unsupported type"):
+        assert kind in str(error.value)
+
+
+def test_a_config_of_other_sizes_is_told(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["text_config"]["intermediate_size"] += 8
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"30 misshapen: .* \[128, 64\] instead of \[136, 64"):
+        load(checkpoint)
+
+
+@pytest.mark.parametrize("pickle", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
+def test_pickles_are_never_loaded(checkpoint, pickle, monkeypatch):
+    for file in (FIRST, SECOND, INDEX):
+        (checkpoint / file).unlink()
+    torch.save({}, checkpoint / pickle)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was opened"))
+    with pytest.raises(CheckpointError, match=rf"{pickle}.*never loaded.*weights/convert_meta\.py"):
+        load(checkpoint)
+
+
+# Device and type
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "meta", "", "cpu:cpu"])
+def test_an_unknown_device_is_named(name):
+    with pytest.raises(SettingError, match=rf"device '{name}' is unknown; expected auto, cpu"):
+        choose_device(name)
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:1", "mps"])
+def test_an_absent_device_is_named(name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(SettingError, match=rf"device '{name}' was asked for.*use --device cpu"):
+        choose_device(name)
+
+
+def test_a_cuda_device_past_the_last_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(SettingError, match="device 'cuda:2' was asked for and there are 2 CUDA"):
+        choose_device("cuda:2")
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "chosen"),
+    [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")],
+    ids=["cuda first", "then mps", "then cpu"],
+)
+def test_the_automatic_device(cuda, mps, chosen, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(cuda))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert choose_device("auto").type == chosen
+
+
+@pytest.mark.parametrize("asked", ["float16", torch.float16, "torch.float16"], ids=repr)
+def test_a_type_is_taken_by_name_or_as_it_is(asked):
+    assert choose_dtype(asked, torch.bfloat16) == torch.float16
+
+
+def test_the_automatic_type_is_the_published_one():
+    assert choose_dtype("auto", torch.bfloat16) == torch.bfloat16
+
+
+@pytest.mark.parametrize("asked", ["float64", "int8", "half", "", torch.int8], ids=repr)
+def test_another_type_is_named(asked):
+    with pytest.raises(SettingError, match=r"dtype .* is unknown; expected auto, float32"):
+        choose_dtype(asked, torch.bfloat16)
+
+
+# Where checkpoints come from
+
+
+NEEDED = {path.name for path in TINY.iterdir()}
+
+
+@pytest.fixture
+def repository(tmp_path) -> Path:
+    """What the stub hub serves: the tiny checkpoint, and much that loading does not need."""
+    directory = Path(shutil.copytree(TINY, tmp_path / "repository"))
+    (directory / "original").mkdir()
+    for name in ("original/consolidated.00.pth", "original/params.json", "README.md", "x.bin"):
+        (directory / name).write_bytes(b"not needed")
+    return directory
+
+
+@pytest.fixture
+def hub(repository, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with StubHub(repository) as stub:
+        stub.use(monkeypatch, tmp_path / "cache")
+        yield stub
+
+
+def test_a_directory_is_taken_as_it_is(tmp_path):
+    assert find_checkpoint(tmp_path) == tmp_path
+    assert find_checkpoint(str(tmp_path)) == tmp_path
+
+
+@pytest.mark.parametrize(
+    "source", ["no/such/directory", "./here", "../there/x", "alone", "a--b/c", "a/b/", "~/nowhere"]
+)
+def test_what_is_neither_directory_nor_repository_is_told(source):
+    with pytest.raises(CheckpointError, match=r"does not exist; expected a directory .* or a repo"):
+        find_checkpoint(source)
+
+
+def test_a_file_is_no_checkpoint():
+    with pytest.raises(CheckpointError, match="is a file; expected a directory"):
+        find_checkpoint(TINY / "config.json")
+
+
+def test_only_the_needed_files_are_fetched(hub, original):
+    directory = find_checkpoint(REPO)
+    assert sorted(hub.fetched) == sorted(NEEDED)
+    assert {path.name for path in directory.rglob("*")} == NEEDED
+    assert_loaded(load(directory), original)
+
+
+def test_the_cache_is_used_and_the_hub_not_asked_again(hub, monkeypatch):
+    directory = find_checkpoint(REPO)
+    hub.fetched.clear()
+    hub.tokens.clear()
+    assert find_checkpoint(REPO) == directory
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert find_checkpoint(REPO) == directory
+    assert not hub.fetched
+    assert not hub.tokens, "the hub was asked"
+
+
+def test_an_incomplete_snapshot_is_completed(hub):
+    directory = find_checkpoint(REPO)
+    (directory / SECOND).resolve().unlink()
+    hub.fetched.clear()
+    assert find_checkpoint(REPO) == directory
+    assert hub.fetched == [SECOND]
+
+
+@pytest.mark.parametrize(("variable", "sent"), [("hf_secret", {"Bearer hf_secret"}), ("", {None})])
+def test_the_token_of_the_environment_is_sent(hub, monkeypatch, variable, sent):
+    monkeypatch.setenv("HF_TOKEN", variable)
+    find_checkpoint(REPO)
+    assert hub.tokens == sent
+
+
+REFUSALS = {
+    "gated": ((403, "GatedRepo"), "gated.*accept the licence.*HF_TOKEN.*pass a directory"),
+    "unknown, without a token": ((401, "RepoNotFound"), "no repository.*check the name.*HF_TOKEN"),
+    "unknown, with a token": ((404, "RepoNotFound"), "no repository.*check the name.*HF_TOKEN"),
+    "a bad token": ((401, ""), "refused.*check HF_TOKEN.*pass a directory"),
+    "a token without the right": ((403, ""), "refused.*check HF_TOKEN.*pass a directory"),
+    "out of order": ((500, ""), "cannot be downloaded.*500.*check the network.*pass a directory"),
+}
+
+
+@pytest.mark.parametrize("place", ["into the cache", "into a directory"])
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_a_refusal_says_what_to_do(hub, refusal, place, tmp_path):
+    hub.refuse, says = REFUSALS[refusal]
+    to = None if place == "into the cache" else Path(shutil.copytree(TINY, tmp_path / "already"))
+    with pytest.raises(CheckpointError, match=f"(?s){says}") as error:
+        download(REPO, to=to)
+    assert REPO in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_repository_whose_files_are_gated_says_what_to_do(hub):
+    hub.refuse_files = (403, "GatedRepo")
+    with pytest.raises(CheckpointError, match=r"is gated.*accept the licence.*HF_TOKEN"):
+        find_checkpoint(REPO)
+
+
+def test_no_network_says_what_to_do(repository, tmp_path, monkeypatch):
+    with StubHub(repository) as hub:
+        hub.use(monkeypatch, tmp_path / "cache")
+    with pytest.raises(
+        CheckpointError, match=r"not .* in the local cache.*refused.*check the network"
+    ):
+        find_checkpoint(REPO)
+
+
+def test_an_incomplete_snapshot_without_network_says_what_is_missing(hub, monkeypatch):
+    directory = find_checkpoint(REPO)
+    (directory / SECOND).resolve().unlink()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match=rf"not complete.*{SECOND}.*HF_HUB_OFFLINE"):
+        find_checkpoint(REPO)
+
+
+def test_the_environment_is_respected(repository, tmp_path):
+    """In fresh processes: HF_ENDPOINT, HF_HOME and HF_TOKEN; then HF_HUB_OFFLINE, without a hub."""
+    code = f"from llama_vision.checkpoint import find_checkpoint; print(find_checkpoint({REPO!r}))"
+    run = [sys.executable, "-c", code]
+    home = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    home["HF_HOME"] = str(tmp_path / "home")
+    with StubHub(repository) as hub:
+        online = {**home, "HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_secret"}
+        first = subprocess.run(run, cwd=ROOT, env=online, check=True, stdout=subprocess.PIPE)
+    assert sorted(hub.fetched) == sorted(NEEDED)
+    assert hub.tokens == {"Bearer hf_secret"}
+    offline = {**home, "HF_HUB_OFFLINE": "1"}
+    second = subprocess.run(run, cwd=ROOT, env=offline, check=True, stdout=subprocess.PIPE)
+    assert first.stdout == second.stdout
+    assert first.stdout.decode().startswith(str(tmp_path / "home" / "hub"))

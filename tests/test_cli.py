@@ -1,0 +1,554 @@
+"""The command: what it prints, and that a mistake is one message and exit code 2."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GOLDEN, TINY
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from stub_hub import REPO, StubHub
+
+from llama_vision import Prompt
+from llama_vision.chat import chat_prompt
+from llama_vision.cli import EXIT_INTERRUPTED, human_bytes, main
+from llama_vision.image import open_image
+
+ROOT = Path(__file__).parent.parent
+PICTURE = GOLDEN / "images" / "rgb_120x30.png"
+TALL = GOLDEN / "images" / "rgb_57x200.png"
+BASE = ("--model", str(TINY), "--device", "cpu", "--temperature", "0", "--ignore-stop")
+SHORT = (*BASE, "--max-new-tokens", "3")
+ASK = (*SHORT, "--prompt", "What is this?")
+
+
+def answer(capsys, *arguments: str) -> dict:
+    """Run the command in this process with --json: its object."""
+    assert main([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def refused(capsys, *arguments: str) -> str:
+    """Run the command, which must fail as a user's mistake does: its one message."""
+    try:
+        code = main(arguments)
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    captured = capsys.readouterr()
+    messages = [line for line in captured.err.splitlines() if "no tokenizer; text is" not in line]
+    assert code == 2
+    assert captured.out == ""
+    assert len(messages) == 1, captured.err
+    assert messages[0].startswith("llama-vision: ")
+    return messages[0]
+
+
+def run(*arguments: str, **how) -> subprocess.CompletedProcess:
+    """Run generate.py in a process of its own."""
+    command = [sys.executable, str(ROOT / "generate.py"), *arguments]
+    return subprocess.run(command, capture_output=True, check=False, **how)
+
+
+# A process of its own
+
+
+def test_a_picture_and_a_question_end_to_end(tmp_path, tiny):
+    """From another directory: text on stdout, then one object, and nothing of it on stderr."""
+    done = run(*ASK, "--image", str(PICTURE), "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    *text, report = done.stdout.decode().rsplit("\n", 2)[:2]
+    report = json.loads(report)
+    assert text == [report["text"]]
+    prompt = Prompt(report["prompt_token_ids"], [open_image(PICTURE)])
+    expected = tiny.generate(prompt, max_new_tokens=3, temperature=0, ignore_stop=True)
+    assert report["token_ids"] == expected.token_ids
+    assert b"Traceback" not in done.stderr
+
+
+def test_ctrl_c_keeps_what_was_generated_so_far():
+    endless = ("--prompt", "Go on", "--max-new-tokens", "100000", "--temperature", "1")
+    process = subprocess.Popen(
+        [sys.executable, "generate.py", *BASE, *endless, "--seed", "1", "--json"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # A shell's background jobs ignore the signal; this one must not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    begun = process.stdout.read(20)
+    process.send_signal(signal.SIGINT)
+    rest, problems = process.communicate(timeout=60)
+    assert process.returncode == EXIT_INTERRUPTED
+    assert b"Traceback" not in problems
+    text, _, report = (begun + rest).decode().rstrip("\n").rpartition("\n")
+    report = json.loads(report)
+    assert report["finish_reason"] == "interrupted"
+    assert 0 < len(report["token_ids"]) == len(report["logprobs"]) < 100_000
+    assert report["text"].startswith(text.rstrip("\ufffd"))
+
+
+def test_a_reader_that_has_gone_is_no_complaint():
+    process = subprocess.Popen(
+        [sys.executable, "generate.py", *BASE, "--max-new-tokens", "2000", "--prompt", "Go on"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.read(1)
+    process.stdout.close()
+    problems = process.stderr.read().decode()
+    process.stderr.close()
+    process.wait(timeout=60)
+    assert "Traceback" not in problems
+    assert "BrokenPipe" not in problems
+
+
+def test_a_mistake_ends_a_process_with_2_and_one_line():
+    done = run(*ASK, "--image", "nowhere.png")
+    assert done.returncode == 2
+    assert done.stdout == b""
+    (message,) = done.stderr.decode().splitlines()
+    assert message.startswith("llama-vision: image nowhere.png does not exist; expected a picture")
+
+
+# What it prints
+
+
+FIELDS = {
+    "text": str,
+    "token_ids": list,
+    "prompt_token_ids": list,
+    "logprobs": list,
+    "finish_reason": str,
+    "model": str,
+    "device": str,
+    "dtype": str,
+    "visual_tokens": {"encoded": int, "valid": int, "kept": int},
+    "memory": {"weights": int, "text_cache": int, "visual_cache": int, "peak": int},
+    "seconds": {"load": float, "vision": float, "prefill": float, "decode": float},
+    "tokens_per_second": float,
+}
+
+
+def test_json_is_the_last_line_and_has_every_field(capsys):
+    report = answer(capsys, *ASK, "--image", str(PICTURE))
+    for field, kind in FIELDS.items():
+        if isinstance(kind, dict):
+            assert {key: type(value) for key, value in report[field].items()} == kind
+        else:
+            assert isinstance(report[field], kind), field
+
+
+def test_json_says_what_was_done(capsys, tiny):
+    report = answer(capsys, *ASK, "--image", str(PICTURE))
+    assert (report["model"], report["device"], report["dtype"]) == (str(TINY), "cpu", "float32")
+    assert report["finish_reason"] == "length"
+    assert len(report["token_ids"]) == len(report["logprobs"]) == 3
+    assert all(logprob <= 0 for logprob in report["logprobs"])
+    assert report["memory"]["weights"] == sum(p.nbytes for p in tiny.model.parameters())
+    tiles = len(tiny.tile(Prompt([0], [open_image(PICTURE)]))[0].pixels)
+    assert report["visual_tokens"] == {"encoded": 68, "valid": 17 * tiles, "kept": 17 * tiles}
+
+
+def test_a_chat_is_the_models_own(capsys, tiny):
+    report = answer(
+        capsys, *SHORT, "--prompt", "Compare.", "--system", "Be brief.", "--image", str(PICTURE),
+        "--image", str(TALL),
+    )  # fmt: skip
+    pictures = [open_image(path) for path in (PICTURE, TALL)]
+    prompt = chat_prompt(
+        [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": [*pictures, "Compare."]},
+        ],
+        tiny.tokenizer,
+    )
+    expected = tiny.generate(prompt, max_new_tokens=3, temperature=0, ignore_stop=True)
+    assert report["prompt_token_ids"] == list(prompt.token_ids)
+    assert report["token_ids"] == expected.token_ids
+    assert report["logprobs"] == pytest.approx(expected.logprobs, abs=1e-5)
+    assert report["text"] == expected.text
+    assert report["visual_tokens"] == expected.visual_tokens._asdict()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "ids"),
+    [
+        ("a<|image|>b<|image|>c", [500, 97, 512, 98, 512, 99]),
+        ("abc", [500, 512, 512, 97, 98, 99]),
+    ],
+    ids=["where it says", "else in front"],
+)
+def test_raw_places_images(capsys, prompt, ids):
+    pictures = ("--image", str(PICTURE), "--image", str(TALL))
+    report = answer(capsys, *SHORT, "--raw", "--prompt", prompt, *pictures)
+    assert report["prompt_token_ids"] == ids
+
+
+def test_a_place_for_an_image_is_mere_text_in_a_chat(capsys):
+    report = answer(capsys, *SHORT, "--prompt", "a<|image|>b", "--image", str(PICTURE))
+    assert report["prompt_token_ids"].count(512) == 1
+
+
+def test_text_alone_needs_no_image(capsys):
+    report = answer(capsys, *ASK)
+    assert report["visual_tokens"] == {"encoded": 0, "valid": 0, "kept": 0}
+    assert report["memory"]["visual_cache"] == 0
+    assert len(report["token_ids"]) == 3
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        ("--max-new-tokens", "5"),
+        ("--max-tokens", "5"),
+        ("--max_new_tokens", "5"),
+        ("--max_tokens=5",),
+        ("--max-new-tokens=5",),
+    ],
+    ids=" ".join,
+)
+def test_spellings_of_the_most_new_tokens(capsys, spelling):
+    report = answer(capsys, *BASE, "--prompt", "a_b --c_d", *spelling)
+    assert len(report["token_ids"]) == 5
+    assert bytes(i for i in report["prompt_token_ids"] if i < 256).endswith(
+        b"a_b --c_dassistant\n\n"
+    )
+
+
+def test_the_longest_sequence_ends_the_answer(capsys):
+    prompt = answer(capsys, *ASK)["prompt_token_ids"]
+    most = str(len(prompt) + 2)
+    report = answer(capsys, *BASE, "--prompt", "What is this?", "--max_seq_len", most)
+    assert len(report["token_ids"]) == 2
+    assert report["finish_reason"] == "length"
+
+
+def test_fewer_tiles_on_request(capsys):
+    counts = [
+        answer(capsys, *ASK, "--image", str(PICTURE), "--max-tiles", tiles)["visual_tokens"]
+        for tiles in ("1", "4")
+    ]
+    assert counts[0] == {"encoded": 68, "valid": 17, "kept": 17}
+    assert counts[1]["valid"] > 17
+
+
+def test_a_seed_repeats_and_another_differs(capsys):
+    def ids(seed):
+        draw = ("--temperature", "1", "--top-p", "0.9", "--top-k", "100", "--seed", seed)
+        return answer(capsys, *BASE, *draw, "--max-tokens", "12", "--prompt", "Go on")["token_ids"]
+
+    assert ids("1") == ids("1") != ids("2")
+
+
+def test_another_type_is_computed_in(capsys):
+    full, half = (answer(capsys, *ASK, "--dtype", name) for name in ("float32", "bfloat16"))
+    assert half["dtype"] == "bfloat16"
+    assert half["memory"]["weights"] == full["memory"]["weights"] / 2
+
+
+def test_a_stop_token_ends_the_answer_and_is_not_printed(capsys, tiny, tmp_path):
+    """Whatever the model would say first is declared a stop token."""
+    first = answer(capsys, *ASK)["token_ids"][0]
+    directory = Path(shutil.copytree(TINY, tmp_path / "model"))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": first}))
+    arguments = ("--model", str(directory), "--device", "cpu", "--prompt", "What is this?")
+    report = answer(capsys, *arguments)
+    assert report["token_ids"] == [first]
+    assert report["finish_reason"] == "stop"
+    assert report["text"] == ""
+
+
+def test_statistics_go_to_stderr(capsys):
+    assert main([*ASK, "--image", str(PICTURE), "--stats"]) == 0
+    captured = capsys.readouterr()
+    for words in (
+        "generated 3 (length)",
+        "encoded 68",
+        "weights 3.6 MiB",
+        "prefill",
+        "cpu, float32",
+    ):
+        assert words in captured.err
+        assert words not in captured.out
+
+
+def test_text_streams_to_stdout_alone(capsys):
+    assert main([*ASK]) == 0
+    plain = capsys.readouterr().out
+    report = answer(capsys, *ASK)
+    assert plain == report["text"] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (2**20, "1.0 MiB"),
+        (5 * 2**40, "5120.00 GiB"),
+    ],
+)
+def test_bytes_for_people(size, words):
+    assert human_bytes(size) == words
+
+
+# Pictures of every kind
+
+
+def gradient(mode: str, size: tuple[int, int] = (40, 30)) -> Image.Image:
+    return Image.linear_gradient("L").resize(size).convert("RGB").convert(mode)
+
+
+def save_palette(path: Path) -> None:
+    gradient("P").save(path, transparency=3)
+
+
+def save_16_bit(path: Path) -> None:
+    gradient("L").convert("I").point(lambda level: level * 257).convert("I;16").save(path)
+
+
+def save_rotated(path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    gradient("RGB").save(path, exif=exif)
+
+
+def save_animation(path: Path) -> None:
+    frames = [gradient("RGB"), Image.new("RGB", (40, 30), "red")]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+
+
+def save(mode: str, size: tuple[int, int] = (40, 30)):
+    return lambda path: gradient(mode, size).save(path)
+
+
+PICTURES = {
+    "1x1": ("a.png", save("RGB", (1, 1))),
+    "1x5000": ("a.png", save("RGB", (1, 5000))),
+    "20000x20": ("a.png", save("RGB", (20000, 20))),
+    "16-bit PNG": ("a.png", save_16_bit),
+    "CMYK JPEG": ("a.jpg", save("CMYK")),
+    "palette with transparency": ("a.png", save_palette),
+    "grey with alpha": ("a.png", save("LA")),
+    "1-bit": ("a.png", save("1")),
+    "float TIFF": ("a.tif", save("F")),
+    "animated GIF": ("a.gif", save_animation),
+    "rotated by EXIF": ("a.jpg", save_rotated),
+}
+
+
+@pytest.mark.parametrize("kind", PICTURES)
+def test_a_picture_of_any_kind_is_answered(capsys, kind, tmp_path):
+    name, write = PICTURES[kind]
+    write(tmp_path / name)
+    report = answer(capsys, *ASK, "--image", str(tmp_path / name))
+    assert report["visual_tokens"]["valid"] >= 17
+    assert len(report["token_ids"]) == 3
+
+
+def levels(image: Image.Image) -> list[int]:
+    return list(image.getchannel("R").tobytes())
+
+
+def test_16_bit_levels_are_divided_by_257(tmp_path):
+    every = b"".join(level.to_bytes(2, "little") for level in range(65536))
+    Image.frombytes("I;16", (256, 256), every).save(tmp_path / "ramp.png")
+    assert levels(open_image(tmp_path / "ramp.png")) == [round(n / 257) for n in range(65536)]
+
+
+def test_a_dark_16_bit_picture_stays_dark(tmp_path):
+    Image.new("I;16", (2, 2), 250).save(tmp_path / "dark.png")
+    assert levels(open_image(tmp_path / "dark.png")) == [1] * 4
+
+
+@pytest.mark.parametrize(
+    ("stored", "seen"),
+    [
+        ([0.0, 0.25, 0.5, 1.0], [0, 64, 128, 255]),
+        ([0.2, 0.4, 0.4, 0.6], [51, 102, 102, 153]),
+        ([0.0, 10.0, 200.0, 255.0], [0, 10, 200, 255]),
+        ([0.0, 257.0, 514.0, 65535.0], [0, 1, 2, 255]),
+        ([-1.0, 0.0, 0.0, 1.0], [0, 128, 128, 255]),
+        ([5.0, 5.0, 5.0, 5.0], [5, 5, 5, 5]),
+    ],
+    ids=["to 1", "within 1", "to 255", "to 65535", "negative", "flat"],
+)
+def test_float_levels_are_scaled_by_the_range_that_they_fit(stored, seen, tmp_path):
+    image = Image.new("F", (4, 1))
+    for x, level in enumerate(stored):
+        image.putpixel((x, 0), level)
+    image.save(tmp_path / "float.tif")
+    assert levels(open_image(tmp_path / "float.tif")) == seen
+
+
+# Mistakes
+
+
+def write_truncated(path: Path) -> None:
+    path.write_bytes(PICTURE.read_bytes()[:-200])
+
+
+BAD_PICTURES = {
+    "missing": (lambda path: None, "does not exist; expected a picture file"),
+    "empty": (lambda path: path.write_bytes(b""), "is empty (0 bytes)"),
+    "truncated": (write_truncated, "is damaged or cut short"),
+    "a text": (lambda path: path.write_text("hello"), "is not a picture"),
+    "a directory": (lambda path: path.mkdir(), "is a directory"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_PICTURES)
+def test_a_picture_that_cannot_be_read_is_named(capsys, kind, tmp_path):
+    write, says = BAD_PICTURES[kind]
+    path = tmp_path / "picture.png"
+    write(path)
+    message = refused(capsys, *ASK, "--image", str(path))
+    assert str(path) in message
+    assert says in message
+
+
+def test_a_decompression_bomb_is_refused(capsys, tmp_path, monkeypatch):
+    Image.new("1", (400, 300)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)
+    message = refused(capsys, *ASK, "--image", str(tmp_path / "bomb.png"))
+    assert "too large" in message
+    assert "120000 pixels" in message
+
+
+@pytest.mark.parametrize(("places", "images"), [(1, 0), (1, 2), (2, 1)])
+def test_places_and_images_must_be_as_many(capsys, places, images):
+    prompt = "x" + "<|image|>" * places
+    message = refused(capsys, *SHORT, "--raw", "--prompt", prompt, *["--image", str(TALL)] * images)
+    assert f"the prompt has {places} <|image|> and {images} images were given" in message
+
+
+SETTINGS = {
+    "no new tokens": (["--max-new-tokens", "0"], "max_new_tokens is 0; expected 1 or more"),
+    "fewer than none": (["--max-new-tokens=-3"], "max_new_tokens is -3; expected 1 or more"),
+    "tokens no number": (["--max-new-tokens", "many"], "invalid int value: 'many'"),
+    "temperature": (["--temperature", "-1"], "temperature is -1.0; expected 0 (greedy) or"),
+    "temperature infinite": (["--temperature", "inf"], "temperature is inf"),
+    "temperature nan": (["--temperature", "nan"], "temperature is nan"),
+    "top-p of 0": (["--top-p", "0"], "top_p is 0.0; expected more than 0 and at most 1"),
+    "top-p of 2": (["--top-p", "2"], "top_p is 2.0; expected more than 0 and at most 1"),
+    "top-k negative": (["--top-k", "-1"], "top_k is -1; expected 0 (no limit) or more"),
+    "no tiles": (["--max-tiles", "0"], "max_tiles is 0; expected 1 to 4"),
+    "too many tiles": (["--max-tiles", "9"], "max_tiles is 9; expected 1 to 4"),
+    "no length": (["--max-seq-len", "0"], "max_seq_len is 0; expected 1 to 131072"),
+    "longer than the model": (["--max-seq-len", "200000"], "is 200000; expected 1 to 131072"),
+    "unknown device": (["--device", "gpu"], "device 'gpu' is unknown; expected auto, cpu, cuda"),
+    "unknown dtype": (["--dtype", "int4"], "dtype 'int4' is unknown; expected auto, float32"),
+    "unknown option": (["--colour", "red"], "unrecognized arguments: --colour red"),
+    "system without chat": (["--raw", "--system", "x"], "--system needs the chat format"),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_setting_out_of_range_is_named_with_what_is_expected(capsys, setting):
+    arguments, says = SETTINGS[setting]
+    assert says in refused(capsys, *ASK, *arguments)
+
+
+@pytest.mark.parametrize("missing", ["--prompt", "--model"])
+def test_an_argument_that_is_needed_is_named(capsys, missing):
+    arguments = {"--prompt": ("--prompt", "x"), "--model": ("--model", str(TINY))}
+    del arguments[missing]
+    assert missing in refused(capsys, *[word for pair in arguments.values() for word in pair])
+
+
+def test_cuda_where_there_is_none_is_told(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    message = refused(capsys, *ASK, "--device", "cuda")
+    assert "device 'cuda' was asked for and this machine" in message
+    assert "use --device cpu" in message
+
+
+def test_a_prompt_that_is_too_long_is_told_with_both_numbers(capsys):
+    length = len(answer(capsys, *ASK)["prompt_token_ids"])
+    message = refused(capsys, *ASK, "--max-seq-len", "10")
+    assert f"the prompt is {length} tokens long and --max-seq-len" in message
+    assert "is 10;" in message
+
+
+def damaged(damage):
+    """A copy of the tiny checkpoint, with `damage` done to its directory."""
+
+    def write(path: Path) -> None:
+        shutil.copytree(TINY, path)
+        damage(path)
+
+    return write
+
+
+def misshape(directory: Path) -> None:
+    shard = directory / "model-00001-of-00002.safetensors"
+    tensors = load_file(shard)
+    name = sorted(tensors)[0]
+    save_file({**tensors, name: torch.ones(3)}, shard)
+
+
+def cut_short(directory: Path) -> None:
+    shard = directory / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:1000])
+
+
+MODELS = {
+    "missing": (lambda path: None, "does not exist; expected a directory"),
+    "a file": (lambda path: path.write_text("x"), "is a file; expected a directory"),
+    "empty": (lambda path: path.mkdir(), "has no config.json"),
+    "without config": (damaged(lambda d: (d / "config.json").unlink()), "has no config.json"),
+    "without a shard": (
+        damaged(lambda d: (d / "model-00001-of-00002.safetensors").unlink()),
+        "lacks 1 of 2 shards: model-00001-of-00002.safetensors",
+    ),
+    "with a shard cut short": (damaged(cut_short), "is damaged or cut short"),
+    "with a misshapen tensor": (damaged(misshape), "1 misshapen: "),
+    "with a damaged tokenizer": (
+        damaged(lambda d: (d / "tokenizer.model").write_bytes(b"\x00\x01damaged")),
+        "tokenizer.model is not a tokenizer that can be read",
+    ),
+    "with another tokenizer": (
+        damaged(lambda d: (d / "tokenizer.model").write_bytes(b"YQ== 0\nYg== 1\n")),
+        "has 2 tokens and config.json puts the first special token, bos_token_id, at 500",
+    ),
+    "with damaged defaults": (
+        damaged(lambda d: (d / "generation_config.json").write_text("{")),
+        "generation_config.json cannot be read",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_model_that_cannot_be_loaded_is_told(capsys, kind, tmp_path):
+    write, says = MODELS[kind]
+    write(tmp_path / "model")
+    message = refused(
+        capsys, "--model", str(tmp_path / "model"), "--device", "cpu", "--prompt", "x"
+    )
+    assert says in message
+    assert re.search(rf"{tmp_path}|in config\.json", message)
+
+
+def test_a_repository_without_network_says_what_to_do(capsys, tmp_path, monkeypatch):
+    with StubHub(TINY) as hub:
+        hub.use(monkeypatch, tmp_path / "cache")
+    message = refused(capsys, "--model", REPO, "--device", "cpu", "--prompt", "x")
+    assert f"{REPO} is not complete in the local cache and cannot be downloaded" in message
+    assert "pass a directory" in message
+
+
+def test_a_gated_repository_says_what_to_do(capsys, tmp_path, monkeypatch):
+    with StubHub(TINY) as hub:
+        hub.use(monkeypatch, tmp_path / "cache")
+        hub.refuse = (403, "GatedRepo")
+        message = refused(capsys, "--model", REPO, "--device", "cpu", "--prompt", "x")
+    assert "accept the licence" in message
+    assert "HF_TOKEN" in message

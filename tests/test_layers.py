@@ -1,0 +1,118 @@
+import pytest
+import torch
+from conftest import TINY, assert_close, golden_tensors
+from oracle import masked_attention
+
+from llama_vision.config import Config
+from llama_vision.layers import (
+    GatedMLP,
+    RMSNorm,
+    attend,
+    merge_heads,
+    rotary_angles,
+    rotary_frequencies,
+    rotate,
+    split_heads,
+)
+
+TEXT = Config.from_directory(TINY).text
+
+
+def golden(name: str) -> torch.Tensor:
+    return golden_tensors("modules")[f"rope.{name}"]
+
+
+def test_rotary_frequencies_are_the_reference_s():
+    ratio = rotary_frequencies(TEXT, torch.device("cpu")) / golden("inv_freq")
+    assert_close("inv_freq", ratio, torch.ones_like(ratio), 1e-6)
+
+
+def test_rotary_angles_are_the_reference_s():
+    cos, sin = rotary_angles(TEXT, golden("positions")[None])
+    assert cos.dtype == sin.dtype == torch.float32
+    assert_close("cos", cos[0, 0], golden("cos"), 1e-4)
+    assert_close("sin", sin[0, 0], golden("sin"), 1e-4)
+
+
+def test_rotated_heads_are_the_reference_s():
+    cos, sin = rotary_angles(TEXT, golden("positions")[None])
+    out = rotate(golden("in").transpose(1, 2), cos, sin).transpose(1, 2)
+    assert_close("rotate", out, golden("out"), 1e-4)
+
+
+def test_only_distances_matter_after_rotation():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 1, TEXT.head_dim)
+
+    def score(query_at, key_at):
+        turned = [
+            rotate(x, *rotary_angles(TEXT, torch.tensor([[at]])))
+            for x, at in ((q, query_at), (k, key_at))
+        ]
+        return (turned[0] * turned[1]).sum()
+
+    assert_close("shifted", score(9, 4), score(109, 104), 1e-4)
+    assert (score(9, 4) - score(9, 5)).abs() > 1e-3
+
+
+def test_rotation_is_computed_in_float32_and_keeps_the_type():
+    torch.manual_seed(0)
+    x = torch.randn(1, 2, 5, TEXT.head_dim)
+    cos, sin = rotary_angles(TEXT, torch.arange(3000, 3005)[None])
+    out = rotate(x.bfloat16(), cos, sin)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, rotate(x.bfloat16().float(), cos, sin).bfloat16())
+
+
+def test_rms_norm():
+    torch.manual_seed(0)
+    norm, x = RMSNorm(8, 1e-2), torch.randn(3, 8)
+    torch.nn.init.normal_(norm.weight)
+    expected = torch.stack([row / (row.square().sum() / 8 + 1e-2).sqrt() for row in x])
+    assert_close("norm", norm(x), expected * norm.weight, 1e-6)
+
+
+def test_rms_norm_rounds_before_its_weight():
+    torch.manual_seed(0)
+    norm, x = RMSNorm(64, 1e-5).bfloat16(), torch.randn(16, 64).bfloat16()
+    torch.nn.init.normal_(norm.weight)
+    wide = x.float()
+    scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)
+    assert norm(x).dtype == torch.bfloat16
+    assert torch.equal(norm(x), scaled.bfloat16() * norm.weight)
+
+
+def test_gated_mlp():
+    torch.manual_seed(0)
+    mlp, x = GatedMLP(6, 10), torch.randn(4, 6)
+    gate, up = x @ mlp.gate_proj.weight.T, x @ mlp.up_proj.weight.T
+    expected = (gate * torch.sigmoid(gate) * up) @ mlp.down_proj.weight.T
+    assert_close("mlp", mlp(x), expected, 1e-6)
+
+
+def test_heads_split_and_merge():
+    x = torch.arange(24.0).view(1, 2, 12)
+    heads = split_heads(x, 3)
+    assert heads.shape == (1, 3, 2, 4)
+    assert torch.equal(heads[0, 1, 0], x[0, 0, 4:8])
+    assert torch.equal(merge_heads(heads), x)
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2), (6, 3), (5, 1)])
+@pytest.mark.parametrize(
+    ("rows", "keys", "how"),
+    [(5, 5, "causal"), (1, 1, "causal"), (4, 7, "full"), (4, 7, "mask"), (1, 7, "mask")],
+)
+def test_attention_equals_loops_over_heads_and_rows(heads, groups, rows, keys, how):
+    torch.manual_seed(heads * rows)
+    q, k, v = (torch.randn(2, n, s, 8) for n, s in ((heads, rows), (groups, keys), (groups, keys)))
+    allowed = torch.ones(2, rows, keys, dtype=torch.bool)
+    if how == "causal":
+        allowed = allowed.tril()
+    if how == "mask":
+        allowed = torch.rand(2, rows, keys) < 0.5
+        allowed[0, 0] = False  # a row that may look nowhere
+    mask = allowed[:, None] if how == "mask" else None
+    out = attend(q, k, v, mask=mask, causal=how == "causal")
+    expected = [masked_attention(*sample) for sample in zip(q, k, v, allowed, strict=True)]
+    assert_close("attend", out, torch.stack(expected), 1e-5)

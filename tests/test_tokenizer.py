@@ -1,0 +1,271 @@
+import base64
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from conftest import LLAMA_3, TINY, golden_json, llama_3_file
+
+from llama_vision.config import Config, TextConfig
+from llama_vision.tokenizer import TextStream, Tokenizer, TokenizerError, load_tokenizer
+
+TINY_TEXT = Config.from_directory(TINY).text
+GOLDEN = golden_json("tokenizer")
+STRINGS = [case for case in GOLDEN["strings"] if "text" in case]
+RUNS = [case for case in GOLDEN["strings"] if "repeat" in case]
+MULTIBYTE = "naïve 😀👨‍👩‍👧‍👦🏽 日本語 ﷺ𝒳 한국어"
+
+
+def directory_with(tmp_path: Path, name: str, data: bytes) -> Path:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(data)
+    return tmp_path
+
+
+def with_vocabulary_of(size: int) -> TextConfig:
+    """A config whose special tokens begin at `size`."""
+    return dataclasses.replace(TINY_TEXT, bos_token_id=size, vocab_size=size + 12)
+
+
+def sentencepiece_model(size: int = 400) -> bytes:
+    """A tiny SentencePiece model with byte fallback that keeps every space."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a red circle and a blue square", "the circle is left of it"] * 20),
+        model_writer=model,
+        vocab_size=size,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory) -> Tokenizer:
+    model = sentencepiece_model()
+    size = sentencepiece.SentencePieceProcessor(model_proto=model).get_piece_size()
+    directory = directory_with(tmp_path_factory.mktemp("pieces"), "tokenizer.model", model)
+    return load_tokenizer(directory, with_vocabulary_of(size))
+
+
+@pytest.fixture(scope="module")
+def plain_bytes() -> Tokenizer:
+    return load_tokenizer(TINY, TINY_TEXT)
+
+
+# Llama 3
+
+
+@pytest.mark.parametrize("case", STRINGS, ids=lambda case: repr(case["text"])[:30])
+def test_ids_of_golden_strings(llama_3, case):
+    assert llama_3.encode(case["text"]) == case["ids"]
+    assert llama_3.decode(case["ids"]) == case["text"]
+
+
+@pytest.mark.parametrize("case", RUNS, ids=lambda case: f"{case['n']} times {case['repeat']!r}")
+def test_ids_of_long_runs(llama_3, case):
+    ids = llama_3.encode(case["repeat"] * case["n"])
+    assert (len(ids), sum(ids)) == (case["ids_len"], case["ids_sum"])
+    assert (ids[:8], ids[-8:]) == (case["first"], case["last"])
+
+
+@pytest.mark.parametrize("case", GOLDEN["decode"], ids=lambda case: repr(case["text"]))
+def test_decoding_with_special_tokens_by_name(llama_3, case):
+    assert llama_3.decode(case["ids"], special=True) == case["text"]
+
+
+def test_special_ids(llama_3):
+    expected = {**GOLDEN["specials"], "<|image|>": 128256}
+    assert {name: llama_3.special_ids[name] for name in expected} == expected
+    assert llama_3.image_id == 128256
+    for name, id_ in {**expected, **GOLDEN["reserved_example"]}.items():
+        assert llama_3.decode([id_], special=True) == name
+
+
+@pytest.mark.parametrize(
+    "case", GOLDEN["strings_special_allowed"], ids=lambda case: repr(case["text"])
+)
+def test_special_tokens_around_text(llama_3, case):
+    """Ids built from special ids and text equal those of the reference for the whole string."""
+    ids, text = [], case["text"]
+    while text:
+        name = next((name for name in llama_3.special_ids if text.startswith(name)), None)
+        if name:
+            ids.append(llama_3.special_ids[name])
+        else:
+            name = text.split("<|")[0]
+            ids += llama_3.encode(name)
+        text = text.removeprefix(name)
+    assert ids == [128256 if id_ == 128011 else id_ for id_ in case["ids"]]
+
+
+@pytest.mark.parametrize("name", ["<|image|>", "<|eot_id|>", "<|reserved_special_token_7|>"])
+@pytest.mark.parametrize("kind", ["llama_3", "pieces", "plain_bytes"])
+def test_text_never_becomes_a_special_token(kind, name, request):
+    tokenizer = request.getfixturevalue(kind)
+    ids = tokenizer.encode(f"say {name} twice: {name}")
+    assert max(ids) < tokenizer.first_special
+    assert tokenizer.decode(ids) == f"say {name} twice: {name}"
+
+
+def test_special_tokens_are_left_out_of_text(llama_3):
+    ids = [128000, *llama_3.encode("hi"), 128256, 128011, 128255, 128009]
+    assert llama_3.decode(ids) == "hi"
+
+
+def test_a_very_long_text_round_trips(llama_3):
+    text = "word " * 90_000 + "x" * 30_000 + " \n" * 15_000
+    assert llama_3.decode(llama_3.encode(text)) == text
+
+
+# Where the files are
+
+
+def printable_table() -> dict[int, str]:
+    """Byte -> the character that stands for it, as GPT-2's files write it."""
+    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    moved = [byte for byte in range(256) if byte not in kept]
+    return {byte: chr(byte) for byte in kept} | {byte: chr(256 + i) for i, byte in enumerate(moved)}
+
+
+def test_tokenizer_json_gives_the_ids_of_tokenizer_model(llama_3, tmp_path):
+    lines = [line.split() for line in llama_3_file().read_bytes().splitlines()]
+    table = printable_table()
+    vocab = {
+        base64.b64decode(token).decode("latin-1").translate(table): int(rank)
+        for token, rank in lines
+    }
+    data = json.dumps({"model": {"type": "BPE", "vocab": vocab}}).encode()
+    from_json = load_tokenizer(directory_with(tmp_path, "tokenizer.json", data), LLAMA_3)
+    assert from_json.special_ids == llama_3.special_ids
+    for case in STRINGS:
+        assert from_json.encode(case["text"]) == case["ids"]
+    assert all(
+        from_json.token_bytes(id_) == llama_3.token_bytes(id_)
+        for id_ in (0, 187, 255, 256, 99_999, 127_999)
+    )
+
+
+def test_a_model_file_below_original_is_found(tmp_path):
+    data = llama_3_file().read_bytes()
+    tokenizer = load_tokenizer(directory_with(tmp_path, "original/tokenizer.model", data), LLAMA_3)
+    assert tokenizer.encode("Hello world") == [9906, 1917]
+
+
+def test_without_files_a_small_vocabulary_is_plain_bytes(plain_bytes):
+    assert plain_bytes.encode("é!") == [0xC3, 0xA9, ord("!")]
+    assert plain_bytes.special_ids["<|begin_of_text|>"] == TINY_TEXT.bos_token_id
+    assert plain_bytes.image_id == TINY_TEXT.vocab_size
+    assert plain_bytes.decode([104, 300, 105, TINY_TEXT.vocab_size]) == "hi"
+
+
+@pytest.mark.parametrize(
+    "config", [LLAMA_3, with_vocabulary_of(255)], ids=["llama 3", "no room for bytes"]
+)
+def test_without_files_there_may_be_no_tokenizer(config, tmp_path):
+    assert load_tokenizer(tmp_path, config) is None
+
+
+# SentencePiece
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a red circle", "  two  spaces ", "", "\n\n", MULTIBYTE, "<s></s><unk><0x41>", "zzz \x00"],
+    ids=repr,
+)
+def test_sentencepiece_round_trips(pieces, text):
+    ids = pieces.encode(text)
+    assert pieces.decode(ids) == text
+    assert all(0 <= id_ < pieces.first_special for id_ in ids)
+
+
+def test_sentencepiece_uses_its_pieces(pieces):
+    assert len(pieces.encode("a red circle")) < len("a red circle")
+    assert pieces.decode([1, 2]) == ""  # its own <s> and </s>
+
+
+# Streaming
+
+
+@pytest.mark.parametrize("kind", ["llama_3", "pieces", "plain_bytes"])
+def test_a_stream_gives_whole_characters_only(kind, request):
+    tokenizer = request.getfixturevalue(kind)
+    stream = TextStream(tokenizer)
+    ids = tokenizer.encode(MULTIBYTE)
+    pieces = [stream.add(id_) for id_ in ids]
+    assert "\ufffd" not in "".join(pieces)
+    assert "" in pieces  # some ids end inside a character
+    assert "".join(pieces) == MULTIBYTE
+    assert stream.end() == ""
+
+
+def test_a_stream_gives_a_character_with_its_last_byte(plain_bytes):
+    stream = TextStream(plain_bytes)
+    pieces = [stream.add(byte) for byte in "é😀日".encode()]
+    assert pieces == ["", "é", "", "", "", "😀", "", "", "日"]
+
+
+def test_a_stream_ends_with_what_never_became_whole(plain_bytes):
+    stream = TextStream(plain_bytes)
+    assert [stream.add(byte) for byte in "😀".encode()[:3]] == ["", "", ""]
+    assert stream.end() == "\ufffd"
+
+
+def test_special_tokens_do_not_show_in_a_stream(plain_bytes):
+    stream = TextStream(plain_bytes)
+    ids = [0xC3, plain_bytes.special_ids["<|eot_id|>"], 0xA9]
+    assert [stream.add(id_) for id_ in ids] == ["", "", "é"]
+
+
+# Files that do not fit
+
+
+def ranks(tokens: list[bytes]) -> bytes:
+    return b"\n".join(base64.b64encode(t) + b" %d" % i for i, t in enumerate(tokens))
+
+
+def test_a_tokenizer_of_another_size_is_refused(tmp_path):
+    data = ranks([bytes([i]) for i in range(256)])
+    with pytest.raises(TokenizerError, match=r"256 tokens.*bos_token_id, at 500"):
+        load_tokenizer(directory_with(tmp_path, "tokenizer.model", data), TINY_TEXT)
+
+
+def test_an_empty_file_is_refused(tmp_path):
+    with pytest.raises(TokenizerError, match="it is empty"):
+        load_tokenizer(directory_with(tmp_path, "tokenizer.model", b""), TINY_TEXT)
+
+
+def test_a_sentencepiece_model_of_another_size_is_refused(tmp_path):
+    directory = directory_with(tmp_path, "tokenizer.model", sentencepiece_model())
+    with pytest.raises(TokenizerError, match="must be equal"):
+        load_tokenizer(directory, with_vocabulary_of(10_000))
+
+
+def test_a_config_without_room_for_special_tokens_is_refused(tmp_path):
+    config = dataclasses.replace(TINY_TEXT, vocab_size=TINY_TEXT.bos_token_id + 5)
+    with pytest.raises(TokenizerError, match="room for 5 special tokens"):
+        load_tokenizer(tmp_path, config)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("tokenizer.model", b"\x0a\xff\xff\xff garbage"),
+        ("tokenizer.model", b"YQ== 0\nYg== 2"),
+        ("tokenizer.json", b"{"),
+        ("tokenizer.json", b"[]"),
+        ("tokenizer.json", b'{"model": {"type": "Unigram", "vocab": {}}}'),
+        ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {"日": 0}}}'.encode()),
+    ],
+    ids=["garbage", "gap in ranks", "cut", "no object", "unigram", "no byte"],
+)
+def test_a_damaged_file_is_named(name, data, tmp_path):
+    with pytest.raises(TokenizerError, match=f"{name} is not a tokenizer that can be read"):
+        load_tokenizer(directory_with(tmp_path, name, data), TINY_TEXT)

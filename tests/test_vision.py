@@ -1,0 +1,163 @@
+import dataclasses
+
+import pytest
+import torch
+from conftest import CASES, TINY, assert_close, case_images, golden_json, golden_tensors
+from oracle import full_attention
+
+from llama_vision.config import Config
+from llama_vision.layers import merge_heads, split_heads
+from llama_vision.vision import VisionEncoder, real_tokens_first
+
+TOLERANCE = 1e-4
+VISION = Config.from_directory(TINY).vision
+SLOTS = 24  # 17 tokens a tile, padded to a multiple of 8
+WITH_IMAGES = [case for case in CASES if case != "text_only"]
+
+
+def golden(name: str) -> torch.Tensor:
+    return golden_tensors("modules")[name]
+
+
+GRID = tuple(golden("vision.aspect_hw").flatten().tolist())
+TILES = GRID[0] * GRID[1]
+REAL = TILES * VISION.tokens_per_tile
+ORDER = real_tokens_first(
+    TILES, VISION.tokens_per_tile, VISION.max_num_tiles, SLOTS, torch.device("cpu")
+)
+ASPECT_ID = torch.tensor([VISION.aspect_id(GRID)])
+
+
+@pytest.fixture(scope="module")
+def vision(tiny):
+    return tiny.model.vision
+
+
+def test_patch_embedding(vision):
+    out = vision.patch_embedding(golden("patch_embed.in")).flatten(2).transpose(1, 2)
+    assert_close("patch_embed", out, golden("patch_embed.out"), TOLERANCE)
+
+
+def test_embedding_of_tiles_before_the_blocks(vision):
+    out = vision.pre_tile_positional_embedding(golden("pre_tile.in"), ASPECT_ID)
+    assert_close("pre_tile", out, golden("pre_tile.out"), TOLERANCE)
+
+
+def test_embedding_of_positions(vision):
+    out = vision.gated_positional_embedding(golden("position_embed.in"), ASPECT_ID)
+    assert_close("position_embed", out, golden("position_embed.out"), TOLERANCE)
+
+
+def test_norm_before_the_blocks(vision):
+    assert_close("ln_pre", vision.layernorm_pre(golden("ln_pre.in")), golden("ln_pre.out"), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "stack"),
+    [("vision_local_layer", "transformer"), ("vision_global_layer", "global_transformer")],
+)
+def test_blocks(vision, name, stack):
+    """The reference lays tokens out tile by tile; ours has the real ones in front."""
+    index = golden_json("manifest")["module_layers"][name]
+    block = vision.get_submodule(f"{stack}.layers.{index}")
+    out = block(golden(f"{name}.in")[:, ORDER], REAL)
+    assert_close(name, out, golden(f"{name}.out")[:, ORDER], TOLERANCE)
+
+
+def test_norm_after_the_local_blocks(vision):
+    out = vision.layernorm_post(golden("ln_post.in")[:, ORDER])
+    assert_close("ln_post", out, golden("ln_post.out")[:, ORDER], TOLERANCE)
+
+
+def test_embedding_of_tiles_after_the_local_blocks(vision):
+    x, expected = (golden(f"post_tile.{side}").flatten(1, 2)[:, ORDER] for side in ("in", "out"))
+    out = vision.post_tile_positional_embedding(x, ASPECT_ID, ORDER // SLOTS)
+    assert_close("post_tile", out, expected, TOLERANCE)
+
+
+def test_encoder(vision):
+    out = vision(golden("vision_encoder.in")[0, :, :TILES], ASPECT_ID)
+    assert_close("vision_encoder", out, golden("vision_encoder.out")[0, :, :TILES], TOLERANCE)
+
+
+def test_projector(tiny):
+    out = tiny.model.projector(golden("vision_projector.in"))
+    assert_close("vision_projector", out, golden("vision_projector.out"), TOLERANCE)
+
+
+def test_exactly_pairs_of_padding_tokens_are_blocked():
+    """Real tokens in front and padding after them say the same as the reference's mask."""
+    blocked = golden("vision.pair_blocked")[ORDER][:, ORDER]
+    assert blocked[REAL:, REAL:].all()
+    assert blocked.sum() == (len(ORDER) - REAL) ** 2
+
+
+def test_attention_without_a_mask_equals_attention_under_the_reference_s_mask(vision):
+    torch.manual_seed(0)
+    x = torch.randn(2, len(ORDER), VISION.hidden_size)
+    attention = vision.transformer.layers[0].self_attn
+    q, k, v = (
+        split_heads(project(x), attention.heads)
+        for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    allowed = ~golden("vision.pair_blocked")
+    masked = [full_attention(*sample, allowed) for sample in zip(q, k, v, strict=True)]
+    expected = attention.o_proj(merge_heads(torch.stack(masked)))[:, ORDER]
+    assert_close("attention", attention(x[:, ORDER], REAL), expected, 1e-5)
+
+
+@pytest.mark.parametrize(("tiles", "tokens"), [(1, 5), (3, 5), (4, 5), (4, 8), (1, 1)])
+def test_real_tokens_come_first_and_keep_their_order(tiles, tokens):
+    order = real_tokens_first(tiles, tokens, 4, 8, torch.device("cpu")).tolist()
+    real = [tile * 8 + token for tile in range(tiles) for token in range(tokens)]
+    assert order[: len(real)] == real
+    assert sorted(order) == list(range(32))
+
+
+@pytest.mark.parametrize("case", WITH_IMAGES)
+def test_features_of_every_image(case, vision):
+    tensors = golden_tensors(f"cases/{case}")
+    images = [image for sample in case_images(case) for image in sample]
+    features = [
+        vision(image.pixels[None], torch.tensor([VISION.aspect_id(image.grid)]))[0]
+        for image in images
+    ]
+    assert_close(case, torch.cat(features), tensors["vision_features"], TOLERANCE)
+
+
+@pytest.mark.parametrize("case", WITH_IMAGES)
+def test_projected_features_of_a_batch(case, tiny):
+    visual = tiny.model.encode_images(case_images(case))
+    expected = golden_tensors(f"cases/{case}")["projected"]
+    assert_close(case, visual.features[visual.valid], expected.flatten(0, 1), TOLERANCE)
+
+
+def test_no_image_gives_no_tokens(tiny):
+    assert tiny.model.encode_images([[], []]) is None
+
+
+def test_images_of_one_size_are_encoded_as_each_alone(vision):
+    torch.manual_seed(0)
+    pixels, ids = torch.randn(3, 2, 3, 56, 56), torch.tensor([2, 5, 2])
+    together = vision(pixels, ids)
+    for i in range(3):
+        alone = vision(pixels[i : i + 1], ids[i : i + 1])
+        assert_close(f"image {i}", together[i : i + 1], alone, 1e-5)
+
+
+def test_taps_are_inputs_of_their_blocks():
+    """Tap 0 is what enters the first block; the features of a tap are interleaved."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(VISION, intermediate_layers_indices=(0, 2))
+    encoder = VisionEncoder(config).eval().requires_grad_(False)
+    for parameter in encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    entered = {}
+    for index in (0, 2):
+        encoder.transformer.layers[index].register_forward_pre_hook(
+            lambda _, args, index=index: entered.update({index: args[0].clone()})
+        )
+    out = encoder(torch.randn(1, 2, 3, 56, 56), torch.tensor([2])).flatten(1, 2)
+    assert out.shape[-1] == 3 * config.hidden_size
+    assert torch.equal(out[..., config.hidden_size :: 2], entered[0][:, :REAL])
+    assert torch.equal(out[..., config.hidden_size + 1 :: 2], entered[2][:, :REAL])
