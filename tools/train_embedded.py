@@ -35,7 +35,7 @@ from torch import Tensor
 LABEL_SHARE = 0.5
 """Weight of the label losses beside the answers, in stages B and C."""
 
-VISION_RATES = {"A": 1.0, "B": 0.2, "C": 0.4}
+VISION_RATES = {"A": 1.0, "B": 0.2, "C": 0.6}
 """Of the learning rates. At the full rate the first, wild gradients of a new decoder undo in
 minutes what the encoder has learned: a step of Muon is equally long whatever the gradient.
 """
