@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -29,6 +30,9 @@ from llama_vision.tokenizer import PlainBytes
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+
+EMBEDDED_MODEL = Path(__file__).resolve().parent.parent / "weights" / "pico"
+"""The small trained model beside the package, in a checkout."""
 
 PRUNERS = {
     "top-k": TopK,
@@ -69,7 +73,12 @@ def read_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         epilog="Text streams to stdout; progress, statistics and problems go to stderr.",
     )
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR|REPO", help="checkpoint in the official layout")
+    add(
+        "--model",
+        default=str(EMBEDDED_MODEL),
+        metavar="DIR|REPO",
+        help="checkpoint in the official layout (default: the small one in weights/)",
+    )
     add("--image", action="append", default=[], metavar="PATH", help="a picture; may be repeated")
     add("--prompt", required=True, metavar="TEXT")
     add("--system", metavar="TEXT", help="system message")

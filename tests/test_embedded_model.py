@@ -1,0 +1,43 @@
+"""The small trained model that comes with the code: it loads like any other, and it sees."""
+
+import json
+
+import pytest
+
+from llama_vision import LlamaVision
+from llama_vision.cli import EMBEDDED_MODEL, main
+from llama_vision.image import open_image
+
+EXAMPLES = json.loads((EMBEDDED_MODEL / "examples" / "questions.json").read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def embedded() -> LlamaVision:
+    return LlamaVision.from_pretrained(EMBEDDED_MODEL, device="cpu")
+
+
+def test_there_are_six_examples():
+    assert len(EXAMPLES) == 6
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=[e["picture"] for e in EXAMPLES])
+def test_it_answers_an_example(embedded, example):
+    picture = open_image(EMBEDDED_MODEL / "examples" / example["picture"])
+    prompt = embedded.prompt([{"role": "user", "content": [picture, example["question"]]}])
+    completion = embedded.generate(prompt, max_new_tokens=64)
+    assert (completion.text, completion.finish_reason) == (example["answer"], "stop")
+
+
+def test_without_a_picture_it_cannot_know(embedded):
+    prompt = embedded.prompt([{"role": "user", "content": EXAMPLES[0]["question"]}])
+    assert embedded.generate(prompt, max_new_tokens=64).text != EXAMPLES[0]["answer"]
+
+
+def test_the_command_runs_it_by_default(capsys):
+    picture = EMBEDDED_MODEL / "examples" / EXAMPLES[0]["picture"]
+    assert main(["--image", str(picture), "--prompt", EXAMPLES[0]["question"]]) == 0
+    assert capsys.readouterr().out.strip() == EXAMPLES[0]["answer"]
+
+
+def test_it_stays_small():
+    assert sum(file.stat().st_size for file in EMBEDDED_MODEL.rglob("*")) < 10_000_000
