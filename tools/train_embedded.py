@@ -235,7 +235,7 @@ def main(arguments: list[str] | None = None) -> None:
         hours, log_every = [12 / 3600] * 3, 3.0
     if options.export_only:
         student = new_student(settings, MAX_TILES)
-        student.load_state_dict(Recorder(settings.run).load("C")["module"])
+        student.load_state_dict(Recorder(settings.run).load("C")["average"])
     else:
         student = run(settings, dict(zip("ABC", hours, strict=True)), options.helpers, log_every)
     export(student.model, settings.chat, settings.run / "checkpoint")

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -173,11 +174,14 @@ class Recorder:
         """Checkpoint of a stage."""
         return self.folder / f"stage_{stage}.pt"
 
-    def save(self, progress: Progress, module: nn.Module, optimizers: Optimizers) -> None:
+    def save(
+        self, progress: Progress, module: nn.Module, average: nn.Module, optimizers: Optimizers
+    ) -> None:
         """Write beside the old checkpoint first, so that a kill leaves one of them whole."""
         state = {
             "progress": asdict(progress),
             "module": module.state_dict(),
+            "average": average.state_dict(),
             "optimizers": optimizers.state_dict(),
         }
         path = self.path(progress.stage)
@@ -230,15 +234,31 @@ class Every:
         return True
 
 
-def restore(stage: Stage, module: nn.Module, recorder: Recorder) -> tuple[Optimizers, Progress]:
-    """The stage's checkpoint, or its beginning."""
+def restore(
+    stage: Stage, module: nn.Module, recorder: Recorder
+) -> tuple[Optimizers, nn.Module, Progress]:
+    """The stage's checkpoint, or its beginning: optimizers, averaged module, progress."""
     optimizers = Optimizers(module, vision_rate=stage.vision_rate)
+    average = deepcopy(module)
     saved = recorder.load(stage.name)
     if saved is None:
-        return optimizers, Progress(stage.name)
+        return optimizers, average, Progress(stage.name)
     module.load_state_dict(saved["module"])
+    average.load_state_dict(saved.get("average", saved["module"]))
     optimizers.load_state_dict(saved["optimizers"])
-    return optimizers, Progress(**saved["progress"])
+    return optimizers, average, Progress(**saved["progress"])
+
+
+@torch.no_grad()
+def follow(average: nn.Module, module: nn.Module, step: int, horizon: int = 400) -> None:
+    """Move the averaged parameters towards the new ones.
+
+    At a full learning rate the parameters jump about the good ones; their mean over the last
+    `horizon` steps is nearly as good as what a decay of the rate would reach.
+    """
+    weight = 1 / min(step + 1, horizon)
+    for slow, fast in zip(average.parameters(), module.parameters(), strict=True):
+        slow.lerp_(fast, weight)
 
 
 def step(
@@ -273,7 +293,7 @@ def train(
     save_every: float = 120.0,
 ) -> nn.Module:
     """Run a stage until its time is used up, from where its checkpoint left off."""
-    optimizers, progress = restore(stage, module, recorder)
+    optimizers, average, progress = restore(stage, module, recorder)
     # A start takes batches that no earlier one took: two processes make far fewer than 8 a step.
     first = 8 * progress.step
     helper = Helper(stage, module, first + 1) if helpers else None
@@ -284,6 +304,7 @@ def train(
         batch = next(stream)
         factor = rate(progress, stage.hours)
         finished, metrics = step(stage, module, optimizers, batch, factor, helper)
+        follow(average, module, progress.step)
         now = time.monotonic()
         progress.seconds, last = progress.seconds + now - last, now
         progress.step += 1
@@ -293,11 +314,11 @@ def train(
             recorder.log(progress)
             report(progress, stage.hours)
         if save.due():
-            recorder.save(progress, module, optimizers)
+            recorder.save(progress, module, average, optimizers)
     if helper is not None:
         helper.stop()
     recorder.log(progress)
-    recorder.save(progress, module, optimizers)
+    recorder.save(progress, module, average, optimizers)
     return module
 
 
