@@ -149,7 +149,6 @@ def _with_dashes(argument: str) -> str:
 
 def run(options: argparse.Namespace) -> int:
     """Load, answer, report; Ctrl-C ends the answer and keeps what there is of it."""
-
     # First what can be refused without the weights: they take long to load.
     check_max_new_tokens(options.max_new_tokens)
     sampling = {name: getattr(options, name) for name in ("temperature", "top_p", "top_k")}

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import lzma
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -15,6 +16,7 @@ import torch
 from oracle import random_images, random_token_ids
 from PIL import Image
 from safetensors.torch import load
+from stub_hub import StubHub
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.profiler import ProfilerActivity, profile
@@ -226,3 +228,22 @@ def tiny() -> LlamaVision:
 def llama_3() -> Tokenizer:
     """The real tokenizer of Llama 3."""
     return load_tokenizer(llama_3_file().parent, LLAMA_3)
+
+
+@pytest.fixture
+def repository(tmp_path) -> Path:
+    """What the stub hub serves: the tiny checkpoint, and much that loading does not need."""
+    directory = Path(shutil.copytree(TINY, tmp_path / "repository"))
+    (directory / "original").mkdir()
+    for name in ("original/consolidated.00.pth", "original/params.json", "README.md", "x.bin"):
+        (directory / name).write_bytes(b"not needed")
+    return directory
+
+
+@pytest.fixture
+def hub(repository, tmp_path, monkeypatch):
+    """A hub on loopback that serves it, with an empty local cache."""
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with StubHub(repository) as stub:
+        stub.use(monkeypatch, tmp_path / "cache")
+        yield stub

@@ -328,24 +328,6 @@ def test_another_type_is_named(asked):
 NEEDED = {path.name for path in TINY.iterdir()}
 
 
-@pytest.fixture
-def repository(tmp_path) -> Path:
-    """What the stub hub serves: the tiny checkpoint, and much that loading does not need."""
-    directory = Path(shutil.copytree(TINY, tmp_path / "repository"))
-    (directory / "original").mkdir()
-    for name in ("original/consolidated.00.pth", "original/params.json", "README.md", "x.bin"):
-        (directory / name).write_bytes(b"not needed")
-    return directory
-
-
-@pytest.fixture
-def hub(repository, tmp_path, monkeypatch):
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    with StubHub(repository) as stub:
-        stub.use(monkeypatch, tmp_path / "cache")
-        yield stub
-
-
 def test_a_directory_is_taken_as_it_is(tmp_path):
     assert find_checkpoint(tmp_path) == tmp_path
     assert find_checkpoint(str(tmp_path)) == tmp_path

@@ -2,7 +2,6 @@
 
 import os
 import runpy
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,22 +16,6 @@ SCRIPT = Path(__file__).parent.parent / "weights" / "download.py"
 NEEDED = {path.name for path in TINY.iterdir()}
 SIZE = sum(path.stat().st_size for path in TINY.iterdir())
 main = runpy.run_path(str(SCRIPT))["main"]
-
-
-@pytest.fixture
-def repository(tmp_path) -> Path:
-    directory = Path(shutil.copytree(TINY, tmp_path / "repository"))
-    (directory / "original").mkdir()
-    (directory / "original" / "consolidated.00.pth").write_bytes(b"not needed")
-    return directory
-
-
-@pytest.fixture
-def hub(repository, tmp_path, monkeypatch):
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    with StubHub(repository) as stub:
-        stub.use(monkeypatch, tmp_path / "cache")
-        yield stub
 
 
 def files_in(directory: Path) -> set[str]:
