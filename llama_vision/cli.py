@@ -13,7 +13,7 @@ import torch
 from llama_vision.chat import Prompt, PromptError, chat_prompt, completion_prompt, place_images
 from llama_vision.config import LlamaVisionError
 from llama_vision.decoding import Generation
-from llama_vision.generation import LlamaVision, check_max_new_tokens
+from llama_vision.generation import PREFILL_CHUNK, LlamaVision, check_max_new_tokens
 from llama_vision.image import open_image
 from llama_vision.pruning import (
     KeyNorm,
@@ -98,6 +98,14 @@ def read_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--max-seq-len", type=int, metavar="N", help="most tokens of prompt and answer together")
     add("--max-tiles", type=int, metavar="N", help="most tiles an image is cut into")
     add(
+        "--prefill-chunk",
+        type=int,
+        default=PREFILL_CHUNK,
+        metavar="N",
+        help="most prompt tokens that go through a block at once (default: %(default)s); it "
+        "changes no answer, only what memory a long prompt needs",
+    )
+    add(
         "--k-ratio",
         type=float,
         metavar="R",
@@ -172,6 +180,7 @@ def run(options: argparse.Namespace) -> int:
         ignore_stop=options.ignore_stop,
         max_seq_len=options.max_seq_len,
         max_tiles=options.max_tiles,
+        prefill_chunk=options.prefill_chunk,
     )
     exit_code = 0
     try:

@@ -1,5 +1,6 @@
 """One batch being generated: prefill, decode, sample, and what came of it."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ class Generation:
         images: the tiled images of each prompt.
         limits: most tokens of each sample, prompt and answer together.
         budget: most visual tokens of each sample to keep; None for no limit.
+        prefill_chunk: most rows of the prompts that go through a block at once; None for all.
     """
 
     def __init__(
@@ -71,11 +73,13 @@ class Generation:
         stop_ids: frozenset[int],
         pruner: Pruner | None,
         budget: list[int] | None,
+        prefill_chunk: int | None = None,
     ):
         self.model, self.tokenizer = model, tokenizer
         self.prompts, self.images = prompts, images
+        self.grids = [[image.grid for image in sample] for sample in images]
         self.limits, self.sampling, self.stop_ids = limits, sampling, stop_ids
-        self.pruner, self.budget = pruner, budget
+        self.pruner, self.budget, self.prefill_chunk = pruner, budget, prefill_chunk
         self.generators = [torch.Generator().manual_seed(seed) for _ in prompts]
         self.cache = self._allocate()
         self.kept: list[list[Tensor]] = [[] for _ in prompts]
@@ -114,6 +118,7 @@ class Generation:
         device = self.model.device
         with _Stopwatch(self.seconds, "vision", device):
             visual = self.model.encode_images(self.images)
+            self.images = []  # their pixels are not read again
         with _Stopwatch(self.seconds, "prefill", device):
             logits = self._run_prompts(visual)
         if visual is not None:
@@ -133,6 +138,7 @@ class Generation:
             lengths=lengths,
             cache=self.cache,
             pruner=self.pruner,
+            prefill_chunk=self.prefill_chunk,
             last_row_only=True,
         )
 
@@ -170,7 +176,7 @@ class Generation:
 
         What a pruner leaves without a budget is not known yet: the store then takes it in prefill.
         """
-        needs = visual_needs(self.prompts, self.images, self.model.config)
+        needs = visual_needs(self.prompts, self.grids, self.model.config)
         capacity = max(needs) if self.pruner is None else None
         if self.budget is not None:
             capacity = max(self.budget)
@@ -188,9 +194,9 @@ class Generation:
     def _completion(self, sample: int) -> Completion:
         spoken = [token for token in self.token_ids[sample] if token not in self.stop_ids]
         vision = self.model.config.vision
-        images = self.images[sample]
-        encoded = len(images) * vision.max_num_tiles * vision.tokens_per_tile
-        valid = sum(len(image.pixels) for image in images) * vision.tokens_per_tile
+        grids = self.grids[sample]
+        encoded = len(grids) * vision.max_num_tiles * vision.tokens_per_tile
+        valid = sum(map(math.prod, grids)) * vision.tokens_per_tile
         kept = sum(int(mask.sum()) for mask in self.kept[sample])
         return Completion(
             token_ids=list(self.token_ids[sample]),
@@ -203,14 +209,14 @@ class Generation:
 
 
 def visual_needs(
-    prompts: Sequence[Prompt], images: Sequence[Sequence[TiledImage]], config: Config
+    prompts: Sequence[Prompt], grids: Sequence[Sequence[tuple[int, int]]], config: Config
 ) -> list[int]:
     """Visual tokens that decoding reads of each sample: those that its prompt's last row sees."""
     needs = []
-    for prompt, sample in zip(prompts, images, strict=True):
+    for prompt, sample in zip(prompts, grids, strict=True):
         stretches = find_stretches(prompt.token_ids, config.text.image_token_id)
         seen = sample[stretches[-1].images] if stretches else []
-        needs.append(sum(len(image.pixels) for image in seen) * config.vision.tokens_per_tile)
+        needs.append(sum(map(math.prod, seen)) * config.vision.tokens_per_tile)
     return needs
 
 

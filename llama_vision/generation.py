@@ -23,6 +23,9 @@ from llama_vision.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 
 Messages = Sequence[Mapping[str, Any]]
 
+PREFILL_CHUNK = 2048
+"""Rows of a prompt that keep a GPU busy; more of them at once would only take more memory."""
+
 
 class LlamaVision:
     """A loaded checkpoint. Make one with `from_pretrained`."""
@@ -78,7 +81,7 @@ class LlamaVision:
         """The prompt's own logits: [S, vocabulary], float32. For the settings see `start`."""
         self.check(prompt)
         images = [self.tile(prompt, max_tiles)]
-        budget = self._budget([prompt], images, visual_budget, pruner)
+        budget = self._budget([prompt], grids_of(images), visual_budget, pruner)
         token_ids = torch.tensor([list(prompt.token_ids)], device=self.model.device)
         visual = self.model.encode_images(images)
         if visual is not None:
@@ -130,6 +133,7 @@ class LlamaVision:
         ignore_stop: bool = False,
         max_seq_len: int | None = None,
         max_tiles: int | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
     ) -> Generation:
         """Check the settings, allocate the cache, and return the run, to be iterated over.
 
@@ -143,6 +147,8 @@ class LlamaVision:
             ignore_stop: go on past stop tokens.
             max_seq_len: most tokens of prompt and answer together; None for what the model allows.
             max_tiles: most tiles an image is cut into; None for what the model allows.
+            prefill_chunk: most tokens of a prompt that go through a block at once. It changes
+                no answer, only what memory a long prompt needs.
 
         Raises:
             LlamaVisionError: a setting is out of range, or a prompt is too long or inconsistent.
@@ -153,6 +159,8 @@ class LlamaVision:
         for prompt in prompts:
             self.check(prompt)
         limits = self._limits(prompts, max_new_tokens, max_seq_len)
+        if prefill_chunk < 1:
+            raise SettingError(f"prefill_chunk is {prefill_chunk}; expected 1 or more")
         images = [self.tile(prompt, max_tiles) for prompt in prompts]
         given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
         given = {name: value for name, value in given.items() if value is not None}
@@ -166,7 +174,8 @@ class LlamaVision:
             seed=secrets.randbits(63) if seed is None else seed,
             stop_ids=frozenset() if ignore_stop else self.stop_ids,
             pruner=pruner,
-            budget=self._budget(prompts, images, visual_budget, pruner),
+            budget=self._budget(prompts, grids_of(images), visual_budget, pruner),
+            prefill_chunk=prefill_chunk,
         )
 
     def prompt(self, messages: Messages) -> Prompt:
@@ -237,7 +246,7 @@ class LlamaVision:
     def _budget(
         self,
         prompts: Sequence[Prompt],
-        images: Sequence[Sequence[TiledImage]],
+        grids: Sequence[Sequence[tuple[int, int]]],
         budget: float | int | None,
         pruner: Pruner | None,
     ) -> list[int] | None:
@@ -257,8 +266,8 @@ class LlamaVision:
             )
         allowed = []
         per_tile = self.config.vision.tokens_per_tile
-        for sample, need in enumerate(visual_needs(prompts, images, self.config)):
-            tokens = sum(len(image.pixels) for image in images[sample]) * per_tile
+        for sample, need in enumerate(visual_needs(prompts, grids, self.config)):
+            tokens = sum(map(math.prod, grids[sample])) * per_tile
             most = min(budget, tokens) if isinstance(budget, int) else math.floor(budget * tokens)
             if tokens and not most:
                 raise PruningError(
@@ -273,6 +282,11 @@ class LlamaVision:
                 )
             allowed.append(most)
         return allowed
+
+
+def grids_of(images: Sequence[Sequence[TiledImage]]) -> list[list[tuple[int, int]]]:
+    """Rows and columns of tiles of each image of each prompt."""
+    return [[image.grid for image in sample] for sample in images]
 
 
 def check_max_new_tokens(count: int) -> None:

@@ -1,17 +1,21 @@
 """The whole model: images and token ids in, logits out. It knows no files and no tokenizer."""
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from llama_vision.cache import Cache
-from llama_vision.config import Config
+from llama_vision.config import Config, VisionConfig
 from llama_vision.image import TiledImage
 from llama_vision.pruning import Pruner
 from llama_vision.text import TextDecoder
 from llama_vision.vision import VisionEncoder
 from llama_vision.visual import VisualTokens
+
+TOKENS_AT_ONCE = 8192
+"""Most tokens that go through the vision encoder together, unless a single image has more."""
 
 
 class LlamaVisionModel(nn.Module):
@@ -43,23 +47,22 @@ class LlamaVisionModel(nn.Module):
         Returns:
             The tokens of real tiles, [B, V, D] and where each sits; None if there is no image.
         """
-        flat = [image for sample in images for image in sample]
-        if not flat:
+        grids = [[image.grid for image in sample] for sample in images]
+        if not any(grids):
             return None
-        features: dict[int, Tensor] = {}
-        for tiles in sorted({len(image.pixels) for image in flat}):
-            places = [i for i, image in enumerate(flat) if len(image.pixels) == tiles]
-            encoded = self._encode_same_size([flat[i] for i in places])
-            features.update(zip(places, encoded, strict=True))
-        in_order = (features[i] for i in range(len(flat)))
-        return VisualTokens.of_images(
-            [[next(in_order) for _ in sample] for sample in images],
-            [[image.grid for image in sample] for sample in images],
+        config = self.config.vision
+        visual = VisualTokens.blank(
+            grids, config.tokens_per_tile, self.projector.out_features, self.dtype, self.device
         )
+        for places in _groups(grids, images_at_once(config)):
+            features = self._encode_same_size([images[sample][i] for sample, i in places])
+            for (sample, i), of_image in zip(places, features, strict=True):
+                visual.fill(sample, i, of_image)
+        return visual
 
     def _encode_same_size(self, images: Sequence[TiledImage]) -> Tensor:
         """Images of t tiles each -> [N, t, P, D]."""
-        pixels = torch.stack([image.pixels for image in images]).to(self.device, self.dtype)
+        pixels = torch.stack([image.pixels.to(self.device, self.dtype) for image in images])
         aspect_ids = [self.config.vision.aspect_id(image.grid) for image in images]
         features = self.vision(pixels, torch.tensor(aspect_ids, device=self.device))
         return self.projector(features)
@@ -72,6 +75,7 @@ class LlamaVisionModel(nn.Module):
         lengths: Sequence[int] | None = None,
         cache: Cache | None = None,
         pruner: Pruner | None = None,
+        prefill_chunk: int | None = None,
         last_row_only: bool = False,
     ) -> Tensor:
         """Logits of the next S tokens of each sample.
@@ -86,6 +90,8 @@ class LlamaVisionModel(nn.Module):
             lengths: real tokens of each sample; S for all if not given.
             cache: what came before; receives these rows and is advanced by `lengths`.
             pruner: chooses among the visual tokens, see `llama_vision.pruning`.
+            prefill_chunk: most rows that go through a block at once, which bounds the memory of
+                long prompts; only with a cache. None for all of them.
             last_row_only: logits of each sample's last real row only.
 
         Returns:
@@ -93,10 +99,32 @@ class LlamaVisionModel(nn.Module):
         """
         batch, rows = token_ids.shape
         lengths = [rows] * batch if lengths is None else lengths
-        h = self.text(token_ids, lengths, visual, cache, pruner)
+        h = self.text(token_ids, lengths, visual, cache, pruner, prefill_chunk)
         if cache is not None:
             cache.advance(lengths)
         if last_row_only:
             last = torch.tensor([length - 1 for length in lengths], device=h.device)
             h = h[torch.arange(batch, device=h.device), last]  # [B, D]
         return self.text.logits(h)
+
+
+def images_at_once(config: VisionConfig) -> int:
+    """Images that the encoder takes in one group, which bounds its memory: one at least.
+
+    The tokens of a single image of the 11B keep a GPU busy; smaller models take more at once.
+    """
+    tokens = config.max_num_tiles * config.tokens_per_tile
+    return max(1, TOKENS_AT_ONCE // tokens)
+
+
+def _groups(
+    grids: Sequence[Sequence[tuple[int, int]]], most: int
+) -> Iterator[list[tuple[int, int]]]:
+    """Images of equally many tiles, at most so many at once, each as (sample, number)."""
+    by_tiles = defaultdict(list)
+    for sample, row in enumerate(grids):
+        for image, (rows, cols) in enumerate(row):
+            by_tiles[rows * cols].append((sample, image))
+    for places in by_tiles.values():
+        for start in range(0, len(places), most):
+            yield places[start : start + most]

@@ -22,27 +22,77 @@ Projection = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Visual features [B, V, D] to one layer's keys and values, two of [B, K, V, d]."""
 
 
-class TextPass:
-    """What the self-attention blocks of one pass share: positions, angles, the causal mask."""
+def row_chunks(rows: int, most: int | None) -> list[slice]:
+    """The rows of a pass in runs of at most `most`; in one if that is None."""
+    most = most or max(1, rows)
+    return [slice(start, min(start + most, rows)) for start in range(0, rows, most)]
 
-    def __init__(self, config: TextConfig, token_ids: Tensor, cache: Cache | None):
+
+def in_chunks(x: Tensor, chunks: Sequence[slice], run: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    """`run` over the rows of x [B, S, D], chunk after chunk: [B, S, D].
+
+    A block needs several times the room of its input; chunks are written back over theirs, so that
+    a long prompt takes little more than the input itself.
+    """
+    if len(chunks) == 1:
+        return run(x, chunks[0])
+    for rows in chunks:
+        x[:, rows] = run(x[:, rows], rows)
+    return x
+
+
+class TextPass:
+    """What the self-attention blocks of one pass share.
+
+    Args:
+        prefill_chunk: most rows that go through a block at once. Later chunks read the earlier
+            ones' keys and values from the cache; without one, all rows go together.
+    """
+
+    def __init__(
+        self,
+        config: TextConfig,
+        token_ids: Tensor,
+        cache: Cache | None,
+        prefill_chunk: int | None = None,
+    ):
         rows = token_ids.shape[1]
+        self.config = config
         self.store = cache.text if cache is not None else None
-        lengths = self.store.lengths if self.store is not None else [0]
         if self.store is not None:
+            self.lengths = self.store.lengths
             self.positions = self.store.positions(rows)  # [B, S]
         else:
+            self.lengths = [0]
             self.positions = torch.arange(rows, device=token_ids.device)[None]  # [1, S]
-        self.cos, self.sin = rotary_angles(config, self.positions)
-        self.causal = max(lengths) == 0
-        self.keys_held = max(lengths) + rows
+        self.chunks = row_chunks(rows, prefill_chunk if cache is not None else None)
+        self._last: TextChunk | None = None
+
+    def chunk(self, rows: slice) -> "TextChunk":
+        """What these rows need. The last answer is kept, all of them would be large."""
+        if self._last is None or self._last.rows != rows:
+            self._last = TextChunk(self, rows)
+        return self._last
+
+
+class TextChunk:
+    """Rows of a pass that go through a block together: positions, angles, the causal mask."""
+
+    def __init__(self, text: TextPass, rows: slice):
+        self.rows, self.store = rows, text.store
+        self.positions = text.positions[:, rows]
+        self.cos, self.sin = rotary_angles(text.config, self.positions)
+        self.keys_held = max(text.lengths) + rows.stop
+        self.causal = self.keys_held == rows.stop - rows.start
+        uniform = min(text.lengths) == max(text.lengths)
         self.mask = None
-        if not self.causal and (rows > 1 or min(lengths) != max(lengths)):
-            keys = torch.arange(self.keys_held, device=token_ids.device)
-            self.mask = keys <= self.positions[:, None, :, None]  # [B, 1, S, L]
+        if not self.causal and (rows.stop - rows.start > 1 or not uniform):
+            keys = torch.arange(self.keys_held, device=self.positions.device)
+            positions = self.positions[:1] if uniform else self.positions
+            self.mask = keys <= positions[:, None, :, None]  # [B or 1, 1, c, L]
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Remember this pass's keys and values [B, K, S, d]; all that its rows may read."""
+        """Remember the rows' keys and values [B, K, c, d]; all that they may read."""
         if self.store is None:
             return keys, values
         self.store.write(layer, self.positions, keys, values)
@@ -64,9 +114,9 @@ class VisualPass:
         visual: VisualTokens | None,
         cache: Cache | None,
         pruner: Pruner | None,
+        prefill_chunk: int | None = None,
     ):
         self.batch, self.rows = token_ids.shape
-        self.row_counts = lengths
         self.device = token_ids.device
         self.layers = len(config.cross_attention_layers)
         self.visual = visual
@@ -76,25 +126,38 @@ class VisualPass:
         self.values: Tensor | None = None
         """[B, K, V, d], of the first block, beside `visual.keys`; likewise."""
         self.store = cache.visual if cache is not None else None
+        self.chunks = row_chunks(self.rows, prefill_chunk if cache is not None else None)
         nothing = [[0] * self.batch] * self.layers
         self.remembered = list(self.store.lengths) if self.store is not None else nothing
         self.blind = visual is None and not any(map(any, self.remembered))
         self.stretches: list[list[Stretch]] = [[] for _ in range(self.batch)]
-        if visual is not None:
-            ids = token_ids.tolist()
-            self.stretches = [find_stretches(row, config.image_token_id) for row in ids]
-            if cache is not None:
-                cache.visual.note_images(self.stretches, cache.position)
         self._visibility: dict[tuple[int, ...], Visibility] = {}
+        if visual is None:
+            return
+        ids = token_ids.tolist()
+        self.stretches = [find_stretches(row, config.image_token_id) for row in ids]
+        if self.pruner is not None:
+            is_image = token_ids == config.image_token_id
+            self.votes = count_votes(getattr(pruner, "votes", "all"), is_image, lengths)
+        if cache is not None:
+            cache.visual.note_images(self.stretches, cache.position)
 
-    def visibility(self, layer: int) -> Visibility:
-        """Which row reads which of the tokens that `keys_values` gives."""
-        remembered = tuple(self.remembered[layer])
-        if remembered not in self._visibility:
-            self._visibility[remembered] = self._see(remembered)
-        return self._visibility[remembered]
+    def chunk(self, layer: int, rows: slice) -> "VisualChunk":
+        """What these rows need in one layer."""
+        key = (rows.start, *self.remembered[layer])
+        if key not in self._visibility:
+            sights = [
+                [sight.within(rows) for sight in sample if sight.overlaps(rows)]
+                for sample in self.sights(layer)
+            ]
+            new = max(self.visual.lengths) if self.visual is not None else 0
+            shape = (self.batch, rows.stop - rows.start, max(self.remembered[layer]) + new)
+            self._visibility[key] = Visibility(sights, shape, self.device)
+        return VisualChunk(self, layer, rows, self._visibility[key])
 
-    def _see(self, remembered: Sequence[int]) -> Visibility:
+    def sights(self, layer: int) -> list[list[Sight]]:
+        """For each sample which rows of the pass read which of the tokens of `keys_values`."""
+        remembered = self.remembered[layer]
         old = max(remembered)
         sights = []
         for sample, stretches in enumerate(self.stretches):
@@ -104,8 +167,11 @@ class VisualPass:
                 sights[-1].append(Sight(slice(0, first_new), slice(0, remembered[sample])))
             if self.visual is not None:
                 sights[-1].extend(s.shifted(old) for s in self.visual.sights(sample, stretches))
-        new = max(self.visual.lengths) if self.visual is not None else 0
-        return Visibility(sights, (self.batch, self.rows, old + new), self.device)
+        return sights
+
+    def read_later(self, layer: int) -> list[slice]:
+        """The run of those tokens, of each sample, that rows after this pass can still read."""
+        return [row[-1].tokens if row else slice(0, 0) for row in self.sights(layer)]
 
     def keys_values(self, layer: int, project: Projection) -> tuple[Tensor, Tensor]:
         """Remembered tokens, then those of this pass, which are projected here and only here.
@@ -121,47 +187,18 @@ class VisualPass:
         if self.pruner is not None:
             self.visual.keys, self.values = new_keys, new_values
         elif self.store is not None:
-            self.store.write(layer, keys, values, self.visibility(layer).remembered)
+            self.store.write(layer, keys, values, self.read_later(layer))
             if layer == self.layers - 1:
                 self.visual.release()
         return keys, values
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """What each row makes of the tokens it can see: [B, H, S, d].
-
-        While a pruner waits, also notes the attention that the new tokens among k [B, K, V, d] get.
-        """
-        visibility = self.visibility(layer)
-        if self.pruner is None:
-            return attend_visible(q, k, v, visibility)
-        old = max(self.remembered[layer])
-        out = torch.zeros_like(q)
-        self.saliency = q.new_zeros(*q.shape[:2], k.shape[2] - old, dtype=torch.float32)
-        for sample, sights in enumerate(visibility.sights):
-            for rows, tokens in sights:
-                heads = q[sample, :, rows], k[sample, :, tokens], v[sample, :, tokens]
-                out[sample, :, rows], mass = attend_and_weigh(*heads, self._votes(sample, rows))
-                if tokens.start >= old:
-                    self.saliency[sample, :, tokens.start - old : tokens.stop - old] += mass
-        return out
-
-    def _votes(self, sample: int, rows: slice) -> Tensor:
-        """1 for each of the rows whose attention counts, else 0: [rows], float32.
-
-        The rows see the same images, and the first of them is the last image's own.
-        """
-        end = self.row_counts[sample] - rows.start
-        first = {"all": 0, "after": 1, "last": end - 1}[getattr(self.pruner, "votes", "all")]
-        row = torch.arange(rows.stop - rows.start, device=self.device)
-        return ((row >= first) & (row < end)).float()
 
     def keep(self, mask: Tensor) -> None:
         """Take the pruner's answer [B, V]: go on with those tokens, and remember only them."""
         layer, whole, pruner = 0, self.visual, self.pruner
         whole.kept = mask = check_keep_mask(mask, pruner, whole)
-        keys, values, runs = whole.keys, self.values, self.visibility(layer).remembered
+        keys, values, runs = whole.keys, self.values, self.read_later(layer)
         self.visual = whole.select(mask)
-        self.pruner = self.saliency = self.values = None
+        self.pruner = self.saliency = self.values = self.votes = None
         self._visibility.clear()
         if self.store is None:
             return
@@ -169,7 +206,7 @@ class VisualPass:
         if getattr(pruner, "trim_first_layer", True):
             index = kept_first(mask)[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
             keys, values = keys.gather(2, index), values.gather(2, index)
-            runs = self.visibility(layer).remembered
+            runs = self.read_later(layer)
         self.store.write(layer, *self._behind_remembered(layer, keys, values), runs)
 
     def _behind_remembered(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,6 +216,56 @@ class VisualPass:
             return keys, values
         old_keys, old_values = self.store.read(layer, old)
         return torch.cat([old_keys, keys], dim=2), torch.cat([old_values, values], dim=2)
+
+
+class VisualChunk:
+    """Rows of a pass that go through a cross-attention block together."""
+
+    def __init__(self, sight: VisualPass, layer: int, rows: slice, visibility: Visibility):
+        self.sight, self.layer, self.rows, self.visibility = sight, layer, rows, visibility
+
+    @property
+    def seen(self) -> Tensor | None:
+        """[B, c, 1], False where a row sees nothing; None where every row sees something."""
+        return self.visibility.seen
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What each row [B, H, c, d] makes of the tokens it can see: [B, H, c, d].
+
+        While a pruner waits, also notes the attention that the new tokens among k [B, K, V, d] get.
+        """
+        sight = self.sight
+        if sight.pruner is None:
+            return attend_visible(q, k, v, self.visibility)
+        old = max(sight.remembered[self.layer])
+        out = torch.zeros_like(q)
+        if sight.saliency is None:
+            shape = (*q.shape[:2], k.shape[2] - old)
+            sight.saliency = q.new_zeros(shape, dtype=torch.float32)
+        votes = sight.votes[:, self.rows]
+        for sample, sights in enumerate(self.visibility.sights):
+            for rows, tokens in sights:
+                heads = q[sample, :, rows], k[sample, :, tokens], v[sample, :, tokens]
+                out[sample, :, rows], mass = attend_and_weigh(*heads, votes[sample, rows])
+                if tokens.start >= old:
+                    sight.saliency[sample, :, tokens.start - old : tokens.stop - old] += mass
+        return out
+
+
+def count_votes(votes: str, is_image: Tensor, lengths: Sequence[int]) -> Tensor:
+    """1 for each row whose attention counts in the saliency, else 0: [B, S], float32.
+
+    Args:
+        votes: see `pruning.Rule`.
+        is_image: [B, S], where the `<|image|>` ids are.
+        lengths: rows of each sample that are not padding.
+    """
+    row = torch.arange(is_image.shape[1], device=is_image.device)
+    end = torch.tensor(list(lengths), device=is_image.device)[:, None]
+    if votes == "last":
+        return (row == end - 1).float()
+    counted = row < end
+    return (counted & ~is_image if votes == "after" else counted).float()
 
 
 def attend_visible(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from llama_vision.cache import Cache
 from llama_vision.config import EXTRA_EMBEDDINGS, TextConfig
 from llama_vision.layers import GatedMLP, RMSNorm, attend, merge_heads, rotate, split_heads
-from llama_vision.passes import TextPass, VisualPass
+from llama_vision.passes import TextChunk, TextPass, VisualChunk, VisualPass, in_chunks
 from llama_vision.pruning import Pruner
 from llama_vision.visual import VisualTokens
 
@@ -37,6 +37,7 @@ class TextDecoder(nn.Module):
         visual: VisualTokens | None = None,
         cache: Cache | None = None,
         pruner: Pruner | None = None,
+        prefill_chunk: int | None = None,
     ) -> Tensor:
         """Run the blocks over the next S rows of each sample.
 
@@ -46,12 +47,13 @@ class TextDecoder(nn.Module):
             visual: tokens of the images whose ids are in `token_ids`; None if there are none.
             cache: holds what came before and receives these rows; without one they are the first.
             pruner: asked, if there are images, after the first cross-attention block.
+            prefill_chunk: most rows that go through a block at once; only with a cache.
 
         Returns:
             [B, S, D], before the final norm.
         """
-        text = TextPass(self.config, token_ids, cache)
-        sight = VisualPass(self.config, token_ids, lengths, visual, cache, pruner)
+        text = TextPass(self.config, token_ids, cache, prefill_chunk)
+        sight = VisualPass(self.config, token_ids, lengths, visual, cache, pruner, prefill_chunk)
         h = self.embed_tokens(token_ids)
         for block in self.layers:
             if isinstance(block, SelfAttentionBlock):
@@ -90,7 +92,10 @@ class SelfAttentionBlock(nn.Module):
 
     def forward(self, x: Tensor, text: TextPass) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
-        x = x + self.self_attn(self.input_layernorm(x), text)
+        return in_chunks(x, text.chunks, lambda x, rows: self._run(x, text.chunk(rows)))
+
+    def _run(self, x: Tensor, chunk: TextChunk) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), chunk)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -111,13 +116,13 @@ class GroupedQueryAttention(nn.Module):
 class SelfAttention(GroupedQueryAttention):
     """Causal attention with rotary positions."""
 
-    def forward(self, x: Tensor, text: TextPass) -> Tensor:
-        """[B, S, D] -> [B, S, D]."""
-        q = rotate(split_heads(self.q_proj(x), self.heads), text.cos, text.sin)
-        k = rotate(split_heads(self.k_proj(x), self.kv_heads), text.cos, text.sin)
+    def forward(self, x: Tensor, chunk: TextChunk) -> Tensor:
+        """[B, c, D] -> [B, c, D]."""
+        q = rotate(split_heads(self.q_proj(x), self.heads), chunk.cos, chunk.sin)
+        k = rotate(split_heads(self.k_proj(x), self.kv_heads), chunk.cos, chunk.sin)
         v = split_heads(self.v_proj(x), self.kv_heads)
-        k, v = text.extend(self.layer, k, v)
-        return self.o_proj(merge_heads(attend(q, k, v, mask=text.mask, causal=text.causal)))
+        k, v = chunk.extend(self.layer, k, v)
+        return self.o_proj(merge_heads(attend(q, k, v, mask=chunk.mask, causal=chunk.causal)))
 
 
 class CrossAttentionBlock(nn.Module):
@@ -139,12 +144,18 @@ class CrossAttentionBlock(nn.Module):
         Source: llama_models/llama3/multimodal/model.py, CrossAttentionTransformerBlock: such rows
         are zeroed after the attention and again after the MLP.
         """
-        attention = self.cross_attn(self.input_layernorm(x), sight)
+        layer = self.cross_attn.layer
+        k, v = sight.keys_values(layer, self.cross_attn.project)
+        return in_chunks(
+            x, sight.chunks, lambda x, rows: self._run(x, k, v, sight.chunk(layer, rows))
+        )
+
+    def _run(self, x: Tensor, k: Tensor, v: Tensor, chunk: VisualChunk) -> Tensor:
+        attention = self.cross_attn(self.input_layernorm(x), k, v, chunk)
         x = x + self.cross_attn_attn_gate.tanh() * attention
         hidden = self.mlp(self.post_attention_layernorm(x))
-        seen = sight.visibility(self.cross_attn.layer).seen
-        if seen is not None:
-            hidden = hidden * seen
+        if chunk.seen is not None:
+            hidden = hidden * chunk.seen
         return x + self.cross_attn_mlp_gate.tanh() * hidden
 
 
@@ -156,11 +167,10 @@ class CrossAttention(GroupedQueryAttention):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, sight: VisualPass) -> Tensor:
-        """[B, S, D] -> [B, S, D]; zero for rows that see nothing."""
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, chunk: VisualChunk) -> Tensor:
+        """x [B, c, D], k and v [B, K, V, d] -> [B, c, D]; zero for rows that see nothing."""
         q = self.q_norm(split_heads(self.q_proj(x), self.heads))
-        k, v = sight.keys_values(self.layer, self.project)
-        return self.o_proj(merge_heads(sight.attend(self.layer, q, k, v)))
+        return self.o_proj(merge_heads(chunk.attend(q, k, v)))
 
     def project(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of visual tokens: [B, V, D] -> two of [B, K, V, d]."""

@@ -32,6 +32,15 @@ class Sight(NamedTuple):
         """The same, with `by` more tokens in front."""
         return Sight(self.rows, slice(self.tokens.start + by, self.tokens.stop + by))
 
+    def overlaps(self, rows: slice) -> bool:
+        """Whether it has any of these rows."""
+        return max(self.rows.start, rows.start) < min(self.rows.stop, rows.stop)
+
+    def within(self, rows: slice) -> "Sight":
+        """Those of its rows that are among `rows`, counted from the first of them."""
+        start, stop = max(self.rows.start, rows.start), min(self.rows.stop, rows.stop)
+        return Sight(slice(start - rows.start, stop - rows.start), self.tokens)
+
 
 def find_stretches(token_ids: Sequence[int], image_token_id: int) -> list[Stretch]:
     """Which images each text row of one sample sees.
@@ -79,20 +88,41 @@ class VisualTokens:
     """[B, V], the pruner's answer; None before, or without one."""
 
     @classmethod
+    def blank(
+        cls,
+        grids: Sequence[Sequence[tuple[int, int]]],
+        tokens_per_tile: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> "VisualTokens":
+        """Room for the images of each sample, whose grids these are; one image at least."""
+        counts = [[rows * cols * tokens_per_tile for rows, cols in sample] for sample in grids]
+        longest = max(sum(sample) for sample in counts)
+        return cls(
+            torch.zeros(len(grids), longest, width, dtype=dtype, device=device),
+            *_places(grids, tokens_per_tile, device),
+            counts=counts,
+            grids=[list(sample) for sample in grids],
+            patches_per_side=math.isqrt(tokens_per_tile - 1),
+        )
+
+    @classmethod
     def of_images(
         cls, images: Sequence[Sequence[Tensor]], grids: Sequence[Sequence[tuple[int, int]]]
     ) -> "VisualTokens":
         """Lay out the features of each sample's images, each [t, P, D]; one at least."""
         like = next(features for sample in images for features in sample)
-        nothing = like.new_zeros(0, like.shape[-1])
-        rows = [torch.cat([nothing, *(f.flatten(0, 1) for f in sample)]) for sample in images]
-        return cls(
-            pad_sequence(rows, batch_first=True),
-            *_places(images, like.device),
-            counts=[[f.shape[0] * f.shape[1] for f in sample] for sample in images],
-            grids=[list(sample) for sample in grids],
-            patches_per_side=math.isqrt(like.shape[1] - 1),
-        )
+        visual = cls.blank(grids, like.shape[1], like.shape[2], like.dtype, like.device)
+        for sample, row in enumerate(images):
+            for image, features in enumerate(row):
+                visual.fill(sample, image, features)
+        return visual
+
+    def fill(self, sample: int, image: int, features: Tensor) -> None:
+        """Put the features [t, P, D] of one image into their place."""
+        start = sum(self.counts[sample][:image])
+        self.features[sample, start : start + self.counts[sample][image]] = features.flatten(0, 1)
 
     @property
     def lengths(self) -> list[int]:
@@ -180,32 +210,33 @@ def kept_first(keep: Tensor) -> Tensor:
     return keep.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :most]
 
 
-def _places(images: Sequence[Sequence[Tensor]], device: torch.device) -> list[Tensor]:
+def _places(
+    grids: Sequence[Sequence[tuple[int, int]]], tokens_per_tile: int, device: torch.device
+) -> list[Tensor]:
     """`image`, `tile` and `patch` of `VisualTokens`."""
+    tokens = torch.arange(tokens_per_tile)
     rows = []
-    for sample in images:
+    for sample in grids:
         places = [
-            torch.cartesian_prod(torch.tensor([i]), torch.arange(tiles), torch.arange(tokens))
-            for i, (tiles, tokens, _) in enumerate(features.shape for features in sample)
+            torch.cartesian_prod(torch.tensor([i]), torch.arange(rows * cols), tokens)
+            for i, (rows, cols) in enumerate(sample)
         ]
         rows.append(torch.cat(places) if places else torch.zeros(0, 3, dtype=torch.int64))
     return list(pad_sequence(rows, batch_first=True, padding_value=-1).to(device).unbind(-1))
 
 
 class Visibility:
-    """Which visual tokens each text row of a pass may read, for a whole batch.
+    """Which visual tokens each text row of a chunk may read, for a whole batch.
 
     Args:
-        sights: what the text rows of each sample see; the last one is what generated rows will see.
-        shape: B, S and V of the pass.
+        sights: what the text rows of each sample see.
+        shape: B, S and V of the chunk.
     """
 
     def __init__(
         self, sights: list[list[Sight]], shape: tuple[int, int, int], device: torch.device
     ):
         batch, rows, tokens = shape
-        self.remembered = [row[-1].tokens if row else slice(0, 0) for row in sights]
-        """The run of tokens, per sample, that rows after this pass can still read."""
         self.sights = [[s for s in row if s.tokens.start < s.tokens.stop] for row in sights]
         self.uniform = all(row == self.sights[0] for row in self.sights)
         seen = torch.zeros(batch, rows, 1, dtype=torch.bool)

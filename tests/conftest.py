@@ -155,13 +155,21 @@ class Conversation:
         token_ids: list[list[int]],
         images: list[list[TiledImage]] | None = None,
         pruner: Pruner | None = None,
+        prefill_chunk: int | None = None,
     ) -> VisualTokens | None:
         """One pass; returns the visual tokens that it used up."""
         images = images or [[] for _ in token_ids]
         lengths = [len(ids) for ids in token_ids]
         padded = pad_sequence([torch.tensor(ids).long() for ids in token_ids], batch_first=True)
         visual = self.model.encode_images(images)
-        logits = self.model(padded, visual, lengths=lengths, cache=self.cache, pruner=pruner)
+        logits = self.model(
+            padded,
+            visual,
+            lengths=lengths,
+            cache=self.cache,
+            pruner=pruner,
+            prefill_chunk=prefill_chunk,
+        )
         kept = visual.kept_of_images() if visual else images
         for said, *new in zip(self.samples, token_ids, images, kept, logits, strict=True):
             rows = len(new[0])

@@ -115,6 +115,25 @@ def test_visual_tokens_of_random_models_equal_the_oracle(seed):
     assert_close("features", visual.features[visual.valid], expected, 1e-4)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_images_encoded_in_groups_are_those_encoded_at_once(seed, monkeypatch):
+    """Groups of one and of two, of images with equally many tiles."""
+    draw, config = random.Random(seed), random_config(seed)
+    model = random_model(config, seed)
+    images = [random_images(config, count, draw) for count in (3, 0, 4)]
+    at_once = model.encode_images(images)
+    tokens = config.vision.max_num_tiles * config.vision.tokens_per_tile
+    for most in (1, 2):
+        monkeypatch.setattr("llama_vision.model.TOKENS_AT_ONCE", most * tokens)
+        seen = []
+        hook = model.vision.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+        in_groups = model.encode_images(images)
+        hook.remove()
+        assert max(seen) <= most < len(seen)
+        assert_close(f"groups of {most}", in_groups.features, at_once.features, 1e-5)
+        assert torch.equal(in_groups.tile, at_once.tile)
+
+
 def test_random_models_are_varied():
     """The seeds above reach every corner that a config can have."""
     configs = [random_config(seed) for seed in range(16)]

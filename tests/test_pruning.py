@@ -503,7 +503,8 @@ def operations_of_prefill(pruner):
 
     def begin(block, args, index):
         if index in (1, 3, 5):
-            args[1].visibility(block.cross_attn.layer)  # is computed once, by whoever is first
+            sight = args[1]  # what rows see is computed once, by whoever is first
+            sight.chunk(block.cross_attn.layer, *sight.chunks)
         operations.names.append(f"begin {index}")
 
     def end(index):

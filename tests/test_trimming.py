@@ -24,7 +24,7 @@ from oracle import (
     visible_images,
 )
 
-from llama_vision import TrimmedLlama
+from llama_vision import LastQuery, LlamaVisionError, TrimmedLlama
 from llama_vision.cache import Cache, CacheError
 
 EXACT = 1e-5
@@ -38,6 +38,60 @@ def pointers(cache):
 def tensors(cache):
     stores = (cache.text, cache.visual)
     return [tensor for store in stores for tensor in (*store.keys, *store.values)]
+
+
+# Prefill in chunks
+
+
+PRUNERS = {
+    "none": None,
+    "all rows": TrimmedLlama(0.2),
+    "after": TrimmedLlama(0.2, votes="after", trim_first_layer=False),
+    "last": LastQuery(0.4),
+}
+
+
+@pytest.mark.parametrize("pruner", PRUNERS.values(), ids=PRUNERS)
+@pytest.mark.parametrize("seed", range(6))
+def test_prefill_in_chunks_changes_no_logit(seed, pruner):
+    """Ragged batches over two turns, chunks of 1, 2 and 7 rows; images anywhere."""
+    config = random_config(seed)
+    model = random_model(config, seed)
+    runs = {}
+    for size in (None, 1, 2, 7):
+        draw = random.Random(seed)
+        conversation = runs[size] = Conversation(model, 3)
+        for _ in range(2):
+            turn = conversation.random_turn(draw)
+            conversation.go_on(*turn, pruner, prefill_chunk=size)
+            conversation.go_on([[draw.randrange(config.text.vocab_size)]] * 3)
+    whole = runs.pop(None)
+    for size, run in runs.items():
+        for number, (got, want) in enumerate(zip(run.samples, whole.samples, strict=True)):
+            assert_close(
+                f"chunks of {size}, sample {number}",
+                torch.cat(got.logits),
+                torch.cat(want.logits),
+                EXACT,
+            )
+            assert all(map(torch.equal, got.kept, want.kept))
+
+
+@pytest.mark.parametrize("k_ratio", [None, 0.25])
+@pytest.mark.parametrize("case", CASES)
+def test_answers_are_the_same_whatever_the_chunk(tiny, case, k_ratio):
+    prompts = case_prompts(case)
+    settings = {"max_new_tokens": 8, "pruner": k_ratio and TrimmedLlama(k_ratio), **GREEDY}
+    whole, *others = (
+        [completion.token_ids for completion in tiny.generate(prompts, prefill_chunk=n, **settings)]
+        for n in (2048, 1, 7, 64)
+    )
+    assert others == [whole] * 3
+
+
+def test_a_chunk_of_no_rows_is_an_error(tiny):
+    with pytest.raises(LlamaVisionError, match="prefill_chunk is 0; expected 1 or more"):
+        tiny.generate(case_prompts("image_first"), prefill_chunk=0)
 
 
 # Trims that are always on
