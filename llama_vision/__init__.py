@@ -1,8 +1,8 @@
 """Llama-3.2-Vision in pure PyTorch, exact and readable.
 
 Read in this order: config, image, tokenizer, chat; then the model from the inside out: layers,
-visual, vision, cache, pruning, passes, text, model; then what runs it: checkpoint, sampling,
-decoding, generation, cli.
+visual, vision, cache, pruning, passes, text, model; then what it takes: memory, fitting, planning;
+then what runs it: checkpoint, sampling, decoding, generation, reporting, cli.
 
 Letters for dimensions, the same everywhere:
     B  batch                          S  text rows of this pass        L  text rows cached
@@ -21,6 +21,8 @@ from llama_vision.chat import Prompt
 from llama_vision.config import Config, LlamaVisionError
 from llama_vision.decoding import Completion
 from llama_vision.generation import LlamaVision
+from llama_vision.memory import MemoryPlan
+from llama_vision.planning import plan_memory
 from llama_vision.pruning import (
     KeyNorm,
     LastQuery,
@@ -39,6 +41,7 @@ __all__ = [
     "LastQuery",
     "LlamaVision",
     "LlamaVisionError",
+    "MemoryPlan",
     "Prompt",
     "Pruner",
     "RandomTokens",
@@ -46,4 +49,5 @@ __all__ = [
     "TrimmedLlama",
     "UniformGrid",
     "VisualTokens",
+    "plan_memory",
 ]

@@ -1,7 +1,7 @@
 """Official safetensors into modules: where they are, a name table, and a proof."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,10 +11,16 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import tqdm, validate_repo_id
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from llama_vision.config import DTYPES, Config, LlamaVisionError, SettingError
-from llama_vision.model import LlamaVisionModel
+from llama_vision.config import (
+    DTYPES,
+    OFFICIAL_SIZES,
+    Config,
+    LlamaVisionError,
+    SettingError,
+    official_config,
+)
+from llama_vision.model import LlamaVisionModel, model_without_weights
 
 NAME_TABLE = (
     # ours               published in 2024                  newer files
@@ -61,11 +67,11 @@ def official_names(names: list[str], newer: bool = False) -> dict[str, str]:
     return table
 
 
-def choose_device(name: str) -> torch.device:
-    """The device for "auto" or for a torch device string.
+def parse_device(name: str) -> torch.device:
+    """The device for "auto" or for a torch device string, whether this machine has it or not.
 
     Raises:
-        SettingError: no such kind of device, or none of it on this machine.
+        SettingError: no such kind of device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -77,6 +83,16 @@ def choose_device(name: str) -> torch.device:
         device = None
     if device is None or device.type not in ("cpu", "cuda", "mps"):
         raise SettingError(f"device {name!r} is unknown; expected auto, cpu, cuda, cuda:N or mps")
+    return device
+
+
+def choose_device(name: str) -> torch.device:
+    """The same, of those that this machine has.
+
+    Raises:
+        SettingError: no such kind of device, or none of it on this machine.
+    """
+    device = parse_device(name)
     backend = {"cuda": torch.cuda, "mps": torch.backends.mps}.get(device.type)
     if backend is not None and not backend.is_available():
         raise SettingError(
@@ -131,6 +147,33 @@ def find_checkpoint(source: str | Path) -> Path:
     return download(str(source))
 
 
+def load_config(source: str | Path) -> Config:
+    """The configuration of a directory, a repository (no other file is fetched), "11b" or "90b".
+
+    Raises:
+        CheckpointError: there is no such thing, or it cannot be had.
+        ConfigError: it describes another architecture.
+    """
+    if str(source) in OFFICIAL_SIZES:
+        return official_config(str(source))
+    directory = Path(source).expanduser()
+    if directory.exists() or not _is_repo_id(str(source)):
+        return Config.from_directory(find_checkpoint(source))
+    repo, files = str(source), ["config.json"]
+    try:
+        cached = _snapshot(repo, files, local_files_only=True)
+        if (cached / "config.json").is_file():
+            return Config.from_directory(cached)
+    except hub_errors.LocalEntryNotFoundError:
+        pass
+    try:
+        return Config.from_directory(_snapshot(repo, files))
+    except LlamaVisionError:
+        raise
+    except Exception as error:
+        raise CheckpointError(_explain(repo, error)) from None
+
+
 def _is_repo_id(source: str) -> bool:
     try:
         validate_repo_id(source)
@@ -139,13 +182,10 @@ def _is_repo_id(source: str) -> bool:
     return source.count("/") == 1
 
 
-def _snapshot(repo: str, **how: Any) -> Path:
+def _snapshot(repo: str, files: Sequence[str] = NEEDED_FILES, **how: Any) -> Path:
     return Path(
         snapshot_download(
-            repo,
-            allow_patterns=list(NEEDED_FILES),
-            ignore_patterns=list(UNNEEDED_FILES),
-            **how,
+            repo, allow_patterns=list(files), ignore_patterns=list(UNNEEDED_FILES), **how
         )
     )
 
@@ -329,8 +369,7 @@ def load_model(
     Raises:
         CheckpointError: see `find_shards`, `read_headers`, `match_names`.
     """
-    with torch.device("meta"), _Unfilled():
-        model = LlamaVisionModel(config)
+    model = model_without_weights(config)
     entries = read_headers(find_shards(directory))
     names = match_names(dict(model.named_parameters()), entries)
     in_file_order = sorted(names, key=lambda name: (entries[name].shard, entries[name].offset))
@@ -340,18 +379,6 @@ def load_model(
             _fill(model, names[name], _read(entries[name], buffer, device, dtype))
             bar.update()
     return model.eval()
-
-
-class _Unfilled(TorchFunctionMode):
-    """Modules built under it skip `torch.nn.init`: the checkpoint fills every parameter.
-
-    On the meta device there is nothing to fill, and a random fill costs the import of a compiler.
-    """
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__module__", "") == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **(kwargs or {}))
 
 
 def _read(entry: Entry, buffer: bytearray, device: torch.device, dtype: torch.dtype) -> Tensor:

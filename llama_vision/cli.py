@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
+from PIL.Image import Image
 
 from llama_vision.chat import Prompt, PromptError, chat_prompt, completion_prompt, place_images
+from llama_vision.checkpoint import choose_dtype, load_config, parse_device
 from llama_vision.config import LlamaVisionError
 from llama_vision.decoding import Generation
-from llama_vision.generation import PREFILL_CHUNK, LlamaVision, check_max_new_tokens
+from llama_vision.generation import LlamaVision, check_max_new_tokens
 from llama_vision.image import open_image
+from llama_vision.memory import PREFILL_CHUNK
+from llama_vision.planning import DEFAULT_SEQ_LEN, workload_alike
 from llama_vision.pruning import (
     KeyNorm,
     LastQuery,
@@ -25,6 +28,7 @@ from llama_vision.pruning import (
     TrimmedLlama,
     UniformGrid,
 )
+from llama_vision.reporting import format_stats, make_report, print_plan
 from llama_vision.sampling import Sampling
 from llama_vision.tokenizer import PlainBytes
 
@@ -80,7 +84,7 @@ def read_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         help="checkpoint in the official layout (default: the small one in weights/)",
     )
     add("--image", action="append", default=[], metavar="PATH", help="a picture; may be repeated")
-    add("--prompt", required=True, metavar="TEXT")
+    add("--prompt", metavar="TEXT")
     add("--system", metavar="TEXT", help="system message")
     add(
         "--raw",
@@ -121,8 +125,27 @@ def read_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="R|N",
         help="most visual tokens to keep, and the size of their cache",
     )
+    add(
+        "--plan",
+        action="store_true",
+        help="print what memory the run takes and stop, before any weight is read; --model may "
+        "also be 11b or 90b",
+    )
+    add(
+        "--fit",
+        nargs="?",
+        const="free",
+        metavar="SIZE",
+        help="print the largest batch, images and lengths that fit into so much memory, such as "
+        "24GiB (default: what is free), and stop",
+    )
+    add("--force", action="store_true", help="go on even where memory seems not to suffice")
     add("--ignore-stop", action="store_true", help="go on past stop tokens")
-    add("--stats", action="store_true", help="print tokens, memory and times to stderr")
+    add(
+        "--stats",
+        action="store_true",
+        help="print tokens, times, and memory beside its plan to stderr",
+    )
     add("--json", action="store_true", help="print one JSON object on the last line of stdout")
     return parser.parse_args([_with_dashes(argument) for argument in arguments])
 
@@ -156,32 +179,54 @@ def _with_dashes(argument: str) -> str:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Load, answer, report; Ctrl-C ends the answer and keeps what there is of it."""
+    """Plan, or load, answer and report."""
     # First what can be refused without the weights: they take long to load.
     check_max_new_tokens(options.max_new_tokens)
-    sampling = {name: getattr(options, name) for name in ("temperature", "top_p", "top_k")}
-    Sampling(**{name: value for name, value in sampling.items() if value is not None})
-    pruner = build_pruner(options)
+    drawing = {name: getattr(options, name) for name in ("temperature", "top_p", "top_k")}
+    Sampling(**{name: value for name, value in drawing.items() if value is not None})
+    sizes = {
+        "max_new_tokens": options.max_new_tokens,
+        "pruner": build_pruner(options),
+        "visual_budget": options.visual_budget,
+        "max_seq_len": options.max_seq_len,
+        "max_tiles": options.max_tiles,
+        "prefill_chunk": options.prefill_chunk,
+    }
     images = [open_image(path) for path in options.image]
+    if options.plan or options.fit is not None:
+        return plan(options, images, sizes)
+    if options.prompt is None:
+        raise PromptError("there is no --prompt; expected a question or a text to go on from")
     start = time.perf_counter()
-    model = LlamaVision.from_pretrained(options.model, device=options.device, dtype=options.dtype)
-    load_seconds = time.perf_counter() - start
+    model = LlamaVision.without_weights(options.model, device=options.device, dtype=options.dtype)
     if model.tokenizer is not None and isinstance(model.tokenizer.vocabulary, PlainBytes):
         note = "the checkpoint has no tokenizer; text is read and written as plain bytes"
         print(f"llama-vision: {note}", file=sys.stderr)
     prompt = build_prompt(model, options, images)
+    if not options.force:
+        model.check_fits(model.workload([prompt], **sizes))
+    model.load_weights(force=options.force)
+    load_seconds = time.perf_counter() - start
     generation = model.start(
         [prompt],
-        max_new_tokens=options.max_new_tokens,
-        **sampling,
+        **sizes,
+        **drawing,
         seed=options.seed,
-        pruner=pruner,
-        visual_budget=options.visual_budget,
         ignore_stop=options.ignore_stop,
-        max_seq_len=options.max_seq_len,
-        max_tiles=options.max_tiles,
-        prefill_chunk=options.prefill_chunk,
+        track_memory=options.stats or options.json,
+        force=options.force,
     )
+    return answer(model, prompt, generation, load_seconds, options)
+
+
+def answer(
+    model: LlamaVision,
+    prompt: Prompt,
+    generation: Generation,
+    load_seconds: float,
+    options: argparse.Namespace,
+) -> int:
+    """Stream the answer, then report; Ctrl-C ends the answer and keeps what there is of it."""
     exit_code = 0
     try:
         for piece in generation.text_pieces():
@@ -189,12 +234,40 @@ def run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         exit_code = EXIT_INTERRUPTED
     print()
-    report = make_report(options.model, model, prompt, generation, load_seconds)
+    if options.stats or options.json:
+        report = make_report(options.model, model, prompt, generation, load_seconds)
     if options.stats:
         print(format_stats(report), file=sys.stderr)
     if options.json:
         print(json.dumps(report))
     return exit_code
+
+
+def plan(options: argparse.Namespace, images: list[Image], sizes: dict[str, Any]) -> int:
+    """Print what the run would take, or the largest that would fit, and stop.
+
+    Of a checkpoint that is here and a prompt the plan is exact. Otherwise it is for so many images
+    as were given, or one of all tiles, and prompts as long as there is room for.
+    """
+    device = parse_device(options.device)
+    if options.prompt is not None and Path(options.model).expanduser().is_dir():
+        model = LlamaVision.without_weights(options.model, device="cpu", dtype=options.dtype)
+        config, dtype = model.config, model.model.dtype
+        workload = model.workload([build_prompt(model, options, images)], **sizes)
+    else:
+        config = load_config(options.model)
+        dtype = choose_dtype(options.dtype, config.dtype)
+        workload = workload_alike(
+            config,
+            images=len(images) or 1,
+            tiles=options.max_tiles,
+            max_seq_len=options.max_seq_len or DEFAULT_SEQ_LEN,
+            visual_budget=options.visual_budget,
+            prefill_chunk=options.prefill_chunk,
+        )
+    return print_plan(
+        options.model, config, workload, dtype, device, fit=options.fit, as_json=options.json
+    )
 
 
 def build_prompt(model: LlamaVision, options: argparse.Namespace, images: list[Any]) -> Prompt:
@@ -209,75 +282,3 @@ def build_prompt(model: LlamaVision, options: argparse.Namespace, images: list[A
     if options.system is not None:
         messages.insert(0, {"role": "system", "content": options.system})
     return chat_prompt(messages, tokenizer)
-
-
-def make_report(
-    name: str,
-    model: LlamaVision,
-    prompt: Prompt,
-    generation: Generation,
-    load_seconds: float,
-) -> dict[str, Any]:
-    """What --json prints: bytes, seconds, and the completion itself."""
-    (completion,) = generation.completions()
-    seconds = {"load": load_seconds, **generation.seconds}
-    steps = len(completion.token_ids)
-    return {
-        "text": completion.text,
-        "token_ids": completion.token_ids,
-        "prompt_token_ids": list(prompt.token_ids),
-        "logprobs": completion.logprobs,
-        "finish_reason": completion.finish_reason,
-        "model": str(name),
-        "device": str(model.model.device),
-        "dtype": str(model.model.dtype).removeprefix("torch."),
-        "visual_tokens": completion.visual_tokens._asdict(),
-        "memory": {
-            "weights": sum(parameter.nbytes for parameter in model.model.parameters()),
-            "text_cache": generation.cache.text.nbytes,
-            "visual_cache": generation.cache.visual.nbytes,
-            "peak": peak_memory(model.model.device),
-        },
-        "seconds": seconds,
-        "tokens_per_second": steps / seconds["decode"] if seconds["decode"] else 0.0,
-    }
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """Most bytes in use so far: the allocator's count on CUDA, this process's elsewhere.
-
-    None where the system does not say (Windows, without CUDA).
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts in bytes or in kilobytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def format_stats(report: dict[str, Any]) -> str:
-    """The report as a few lines for people."""
-    tokens, memory, seconds = report["visual_tokens"], report["memory"], report["seconds"]
-    sizes = "  ".join(f"{name} {human_bytes(size)}" for name, size in memory.items() if size)
-    times = "  ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
-    return (
-        f"tokens   prompt {len(report['prompt_token_ids'])}  "
-        f"generated {len(report['token_ids'])} ({report['finish_reason']})  "
-        f"{report['tokens_per_second']:.1f} per second\n"
-        f"visual   encoded {tokens['encoded']}  valid {tokens['valid']}  kept {tokens['kept']}\n"
-        f"memory   {sizes}\n"
-        f"time     {times}\n"
-        f"on       {report['device']}, {report['dtype']}"
-    )
-
-
-def human_bytes(size: float) -> str:
-    """Bytes in the unit that keeps the number below 1024."""
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.2f} GiB"

@@ -204,19 +204,22 @@ def supported_grids(max_tiles: int) -> tuple[tuple[int, int], ...]:
     return tuple((rows, cols) for rows in sides for cols in sides if rows * cols <= max_tiles)
 
 
+OFFICIAL_SIZES = {  # hidden_size, intermediate_size, num_hidden_layers, num_attention_heads
+    "11b": (4096, 14336, 40, 32),
+    "90b": (8192, 28672, 100, 64),
+}
+
+
 def official_config(name: str) -> Config:
     """The published configuration of `"11b"` or `"90b"` (Instruct; its tiles are 560 pixels wide).
 
     Raises:
         ConfigError: another name.
     """
-    sizes = {  # hidden_size, intermediate_size, num_hidden_layers, num_attention_heads
-        "11b": (4096, 14336, 40, 32),
-        "90b": (8192, 28672, 100, 64),
-    }
-    if name not in sizes:
-        raise ConfigError(f"no official model is called {name!r}; there are {', '.join(sizes)}")
-    hidden_size, intermediate_size, num_hidden_layers, num_attention_heads = sizes[name]
+    if name not in OFFICIAL_SIZES:
+        names = ", ".join(OFFICIAL_SIZES)
+        raise ConfigError(f"no official model is called {name!r}; there are {names}")
+    hidden_size, intermediate_size, num_hidden_layers, num_attention_heads = OFFICIAL_SIZES[name]
     vision = VisionConfig(
         hidden_size=1280,
         attention_heads=16,

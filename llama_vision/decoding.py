@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -11,13 +12,13 @@ from torch import Tensor
 
 from llama_vision.cache import Cache
 from llama_vision.chat import Prompt
-from llama_vision.config import Config
 from llama_vision.image import TiledImage
+from llama_vision.memory import Ledger, Workload
 from llama_vision.model import LlamaVisionModel
 from llama_vision.pruning import Pruner
 from llama_vision.sampling import Sampling
 from llama_vision.tokenizer import TextStream, Tokenizer
-from llama_vision.visual import VisualTokens, find_stretches
+from llama_vision.visual import VisualTokens
 
 
 class VisualCounts(NamedTuple):
@@ -55,9 +56,9 @@ class Generation:
 
     Args:
         images: the tiled images of each prompt.
+        workload: the sizes of all this, from which the cache is allocated.
         limits: most tokens of each sample, prompt and answer together.
-        budget: most visual tokens of each sample to keep; None for no limit.
-        prefill_chunk: most rows of the prompts that go through a block at once; None for all.
+        track_memory: note the peaks of memory in `ledger`.
     """
 
     def __init__(
@@ -66,20 +67,20 @@ class Generation:
         tokenizer: Tokenizer | None,
         prompts: Sequence[Prompt],
         images: list[list[TiledImage]],
+        workload: Workload,
         *,
         limits: list[int],
         sampling: Sampling,
         seed: int,
         stop_ids: frozenset[int],
         pruner: Pruner | None,
-        budget: list[int] | None,
-        prefill_chunk: int | None = None,
+        track_memory: bool,
     ):
         self.model, self.tokenizer = model, tokenizer
         self.prompts, self.images = prompts, images
-        self.grids = [[image.grid for image in sample] for sample in images]
+        self.workload = workload
         self.limits, self.sampling, self.stop_ids = limits, sampling, stop_ids
-        self.pruner, self.budget, self.prefill_chunk = pruner, budget, prefill_chunk
+        self.pruner = pruner
         self.generators = [torch.Generator().manual_seed(seed) for _ in prompts]
         self.cache = self._allocate()
         self.kept: list[list[Tensor]] = [[] for _ in prompts]
@@ -87,17 +88,19 @@ class Generation:
         self.logprobs: list[list[float]] = [[] for _ in prompts]
         self.finish_reasons: list[str | None] = [None] * len(prompts)
         self.seconds = {"vision": 0.0, "prefill": 0.0, "decode": 0.0}
+        self.ledger = self._open_ledger() if track_memory else None
 
     def __iter__(self) -> Iterator[list[int | None]]:
         """Prefill, then decode until every sample has finished."""
         logits = self._prefill()
         while True:
-            with _Stopwatch(self.seconds, "decode", self.model.device):
+            with self._phase("decode", "sampling"):
                 new = self._choose(logits)
             yield new
             if all(self.finish_reasons):
                 return
-            with _Stopwatch(self.seconds, "decode", self.model.device):
+            del logits
+            with self._phase("decode"):
                 logits = self._decode(new)
 
     def text_pieces(self) -> Iterator[str]:
@@ -115,11 +118,10 @@ class Generation:
     @torch.inference_mode()
     def _prefill(self) -> Tensor:
         """Encode the images, run the prompts: logits [B, vocabulary] of their last rows."""
-        device = self.model.device
-        with _Stopwatch(self.seconds, "vision", device):
+        with self._phase("vision"):
             visual = self.model.encode_images(self.images)
             self.images = []  # their pixels are not read again
-        with _Stopwatch(self.seconds, "prefill", device):
+        with self._phase("prefill"):
             logits = self._run_prompts(visual)
         if visual is not None:
             self.kept = visual.kept_of_images()
@@ -127,25 +129,26 @@ class Generation:
 
     def _run_prompts(self, visual: VisualTokens | None) -> Tensor:
         if visual is not None:
-            visual.budget = self.budget
+            budget = self.workload.budget
+            visual.budget = None if budget is None else list(budget)
         lengths = [len(prompt.token_ids) for prompt in self.prompts]
         token_ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
         for sample, prompt in enumerate(self.prompts):
             token_ids[sample, : lengths[sample]] = torch.tensor(list(prompt.token_ids))
         return self.model(
-            token_ids.to(self.model.device),
+            token_ids,
             visual,
             lengths=lengths,
             cache=self.cache,
             pruner=self.pruner,
-            prefill_chunk=self.prefill_chunk,
+            prefill_chunk=self.workload.prefill_chunk,
             last_row_only=True,
         )
 
     @torch.inference_mode()
     def _decode(self, new: list[int | None]) -> Tensor:
         """One more row for each sample that has not finished: logits [B, vocabulary]."""
-        rows = torch.tensor([[token or 0] for token in new], device=self.model.device)
+        rows = torch.tensor([[token or 0] for token in new])
         lengths = [0 if reason else 1 for reason in self.finish_reasons]
         return self.model(rows, lengths=lengths, cache=self.cache, last_row_only=True)
 
@@ -172,29 +175,35 @@ class Generation:
         return step
 
     def _allocate(self) -> Cache:
-        """The cache: room for the limits' text rows, and for the budget or what decoding reads.
-
-        What a pruner leaves without a budget is not known yet: the store then takes it in prefill.
-        """
-        needs = visual_needs(self.prompts, self.grids, self.model.config)
-        capacity = max(needs) if self.pruner is None else None
-        if self.budget is not None:
-            capacity = max(self.budget)
-        whole_first_layer = not getattr(self.pruner, "trim_first_layer", True)
+        """The cache; what a pruner leaves without a budget is only known during prefill."""
+        sizes = self.workload.cache_sizes(self.model.config)
+        if self.workload.pruned and self.workload.budget is None:
+            sizes["visual_capacity"] = None
         return Cache(
-            self.model.config.text,
-            batch=len(self.prompts),
-            max_text_tokens=max(self.limits),
-            visual_capacity=capacity,
-            first_visual_capacity=max(needs) if whole_first_layer else None,
-            dtype=self.model.dtype,
-            device=self.model.device,
+            self.model.config.text, dtype=self.model.dtype, device=self.model.device, **sizes
         )
+
+    def _open_ledger(self) -> Ledger:
+        """With what is there from the start: weights, caches, and the pictures that wait."""
+        stores = (self.cache.text, self.cache.visual)
+        return Ledger(
+            self.model.device,
+            *self.model.parameters(),
+            *(tensor for store in stores for tensor in (*store.keys, *store.values)),
+            *(image.pixels for sample in self.images for image in sample),
+        )
+
+    @contextmanager
+    def _phase(self, seconds: str, memory: str | None = None) -> Iterator[None]:
+        """Add what happens inside to one entry of `seconds`, and watch its memory."""
+        watched = nullcontext() if self.ledger is None else self.ledger.watch(memory or seconds)
+        with _Stopwatch(self.seconds, seconds, self.model.device), watched:
+            yield
 
     def _completion(self, sample: int) -> Completion:
         spoken = [token for token in self.token_ids[sample] if token not in self.stop_ids]
         vision = self.model.config.vision
-        grids = self.grids[sample]
+        grids = self.workload.grids[sample]
         encoded = len(grids) * vision.max_num_tiles * vision.tokens_per_tile
         valid = sum(map(math.prod, grids)) * vision.tokens_per_tile
         kept = sum(int(mask.sum()) for mask in self.kept[sample])
@@ -206,18 +215,6 @@ class Generation:
             visual_tokens=VisualCounts(encoded, valid, kept),
             kept=self.kept[sample],
         )
-
-
-def visual_needs(
-    prompts: Sequence[Prompt], grids: Sequence[Sequence[tuple[int, int]]], config: Config
-) -> list[int]:
-    """Visual tokens that decoding reads of each sample: those that its prompt's last row sees."""
-    needs = []
-    for prompt, sample in zip(prompts, grids, strict=True):
-        stretches = find_stretches(prompt.token_ids, config.text.image_token_id)
-        seen = sample[stretches[-1].images] if stretches else []
-        needs.append(sum(map(math.prod, seen)) * config.vision.tokens_per_tile)
-    return needs
 
 
 class _Stopwatch:

@@ -1,7 +1,6 @@
 """The face that people use: a loaded checkpoint that answers."""
 
 import json
-import math
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -14,17 +13,24 @@ from torch import Tensor
 from llama_vision.chat import Prompt, PromptError, chat_prompt
 from llama_vision.checkpoint import choose_device, choose_dtype, find_checkpoint, load_model
 from llama_vision.config import Config, SettingError
-from llama_vision.decoding import Completion, Generation, visual_needs
-from llama_vision.image import TiledImage, tile_image
-from llama_vision.model import LlamaVisionModel
+from llama_vision.decoding import Completion, Generation
+from llama_vision.fitting import check_run_fits, check_weights_fit
+from llama_vision.image import TiledImage, choose_grid, tile_image
+from llama_vision.memory import (
+    PREFILL_CHUNK,
+    MemoryPlan,
+    Workload,
+    budget_in_tokens,
+    plan_run,
+    visual_counts,
+    visual_needs,
+)
+from llama_vision.model import LlamaVisionModel, model_without_weights
 from llama_vision.pruning import Pruner, PruningError
 from llama_vision.sampling import Sampling
 from llama_vision.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 
 Messages = Sequence[Mapping[str, Any]]
-
-PREFILL_CHUNK = 2048
-"""Rows of a prompt that keep a GPU busy; more of them at once would only take more memory."""
 
 
 class LlamaVision:
@@ -39,6 +45,8 @@ class LlamaVision:
         stop_ids: Sequence[int] | None = None,
     ):
         self.model = model
+        self.device = model.device
+        self.directory: Path | None = None
         self.config = model.config
         self.tokenizer = tokenizer
         self.sampling = sampling or Sampling()
@@ -46,7 +54,12 @@ class LlamaVision:
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, *, device: str = "auto", dtype: str | torch.dtype = "auto"
+        cls,
+        source: str | Path,
+        *,
+        device: str = "auto",
+        dtype: str | torch.dtype = "auto",
+        force: bool = False,
     ) -> "LlamaVision":
         """Load a checkpoint in the official layout.
 
@@ -54,20 +67,40 @@ class LlamaVision:
             source: a directory, or a repository id (looked for in the local cache first).
             device: "auto" (CUDA, then MPS, then CPU) or a torch device.
             dtype: "auto" (the checkpoint's own), "bfloat16", "float16" or "float32".
+            force: load the weights even where they seem not to fit.
 
         Raises:
             LlamaVisionError: of the kind that fits: where it is not found, not complete, not
-                consistent, or the device is not there.
+                consistent, or the device is not there or too small.
+        """
+        checkpoint = cls.without_weights(source, device=device, dtype=dtype)
+        checkpoint.load_weights(force=force)
+        return checkpoint
+
+    @classmethod
+    def without_weights(
+        cls, source: str | Path, *, device: str = "auto", dtype: str | torch.dtype = "auto"
+    ) -> "LlamaVision":
+        """All of a checkpoint but its weights: it can make prompts and plans, and not answer.
+
+        For the arguments see `from_pretrained`.
         """
         chosen = choose_device(device)
         directory = find_checkpoint(source)
         config = Config.from_directory(directory)
         tokenizer = load_tokenizer(directory, config.text)
         sampling, stop_ids = _generation_defaults(directory)
-        model = load_model(
-            directory, config, device=chosen, dtype=choose_dtype(dtype, config.dtype)
-        )
-        return cls(model, tokenizer, sampling=sampling, stop_ids=stop_ids)
+        model = model_without_weights(config).to(choose_dtype(dtype, config.dtype))
+        outline = cls(model, tokenizer, sampling=sampling, stop_ids=stop_ids)
+        outline.directory, outline.device = directory, chosen
+        return outline
+
+    def load_weights(self, *, force: bool = False) -> None:
+        """Fill a model made `without_weights`; for `force` and the errors see `from_pretrained`."""
+        dtype = self.model.dtype
+        if not force:
+            check_weights_fit(self.config, dtype, self.device)
+        self.model = load_model(self.directory, self.config, device=self.device, dtype=dtype)
 
     @torch.inference_mode()
     def logits(
@@ -80,13 +113,13 @@ class LlamaVision:
     ) -> Tensor:
         """The prompt's own logits: [S, vocabulary], float32. For the settings see `start`."""
         self.check(prompt)
+        self._need_weights()
         images = [self.tile(prompt, max_tiles)]
-        budget = self._budget([prompt], grids_of(images), visual_budget, pruner)
-        token_ids = torch.tensor([list(prompt.token_ids)], device=self.model.device)
+        budget = self._budget([prompt.token_ids], grids_of(images), visual_budget, pruner)
         visual = self.model.encode_images(images)
         if visual is not None:
             visual.budget = budget
-        return self.model(token_ids, visual, pruner=pruner)[0]
+        return self.model(torch.tensor([list(prompt.token_ids)]), visual, pruner=pruner)[0]
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], **settings: Any
@@ -134,6 +167,8 @@ class LlamaVision:
         max_seq_len: int | None = None,
         max_tiles: int | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
+        track_memory: bool = False,
+        force: bool = False,
     ) -> Generation:
         """Check the settings, allocate the cache, and return the run, to be iterated over.
 
@@ -149,19 +184,23 @@ class LlamaVision:
             max_tiles: most tiles an image is cut into; None for what the model allows.
             prefill_chunk: most tokens of a prompt that go through a block at once. It changes
                 no answer, only what memory a long prompt needs.
+            track_memory: note the peaks of memory in the run's `ledger`; on the CPU that costs
+                some time.
+            force: run even where memory seems not to suffice.
 
         Raises:
-            LlamaVisionError: a setting is out of range, or a prompt is too long or inconsistent.
+            LlamaVisionError: a setting is out of range, a prompt is too long or inconsistent, or
+                the run would not fit into memory.
         """
-        prompts = list(prompts)
-        if not prompts:
-            raise PromptError("no prompt was given; expected at least one")
-        for prompt in prompts:
-            self.check(prompt)
+        self._need_weights()
+        prompts = self._check_all(prompts)
         limits = self._limits(prompts, max_new_tokens, max_seq_len)
-        if prefill_chunk < 1:
-            raise SettingError(f"prefill_chunk is {prefill_chunk}; expected 1 or more")
         images = [self.tile(prompt, max_tiles) for prompt in prompts]
+        workload = self._workload(
+            prompts, grids_of(images), max(limits), pruner, visual_budget, prefill_chunk
+        )
+        if not force:
+            self.check_fits(workload)
         given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
         given = {name: value for name, value in given.items() if value is not None}
         return Generation(
@@ -169,14 +208,89 @@ class LlamaVision:
             self.tokenizer,
             prompts,
             images,
+            workload,
             limits=limits,
             sampling=replace(self.sampling, **given),
             seed=secrets.randbits(63) if seed is None else seed,
             stop_ids=frozenset() if ignore_stop else self.stop_ids,
             pruner=pruner,
-            budget=self._budget(prompts, grids_of(images), visual_budget, pruner),
-            prefill_chunk=prefill_chunk,
+            track_memory=track_memory,
         )
+
+    def plan(self, prompts: Sequence[Prompt], **settings: Any) -> MemoryPlan:
+        """The memory that `start` with these settings would take; nothing is allocated.
+
+        For the settings see `workload`.
+        """
+        workload = self.workload(prompts, **settings)
+        return plan_run(self.config, workload, dtype=self.model.dtype, device=self.device)
+
+    def workload(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int = 256,
+        pruner: Pruner | None = None,
+        visual_budget: float | int | None = None,
+        max_seq_len: int | None = None,
+        max_tiles: int | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
+    ) -> Workload:
+        """The sizes of the run that `start` would make of the same; no picture is cut up."""
+        prompts = self._check_all(prompts)
+        side, most = self.config.vision.image_size, self._most_tiles(max_tiles)
+        return self._workload(
+            prompts,
+            [[choose_grid(image.size, side, most) for image in p.images] for p in prompts],
+            max(self._limits(prompts, max_new_tokens, max_seq_len)),
+            pruner,
+            visual_budget,
+            prefill_chunk,
+        )
+
+    def _workload(
+        self,
+        prompts: Sequence[Prompt],
+        grids: Sequence[Sequence[tuple[int, int]]],
+        max_text_tokens: int,
+        pruner: Pruner | None,
+        visual_budget: float | int | None,
+        prefill_chunk: int,
+    ) -> Workload:
+        if prefill_chunk < 1:
+            raise SettingError(f"prefill_chunk is {prefill_chunk}; expected 1 or more")
+        token_ids = tuple(tuple(prompt.token_ids) for prompt in prompts)
+        budget = self._budget(token_ids, grids, visual_budget, pruner)
+        return Workload(
+            token_ids,
+            tuple(map(tuple, grids)),
+            max_text_tokens,
+            prefill_chunk,
+            pruned=pruner is not None,
+            budget=None if budget is None else tuple(budget),
+            trim_first_layer=getattr(pruner, "trim_first_layer", True),
+        )
+
+    def check_fits(self, workload: Workload) -> None:
+        """Raise MemoryLimitError for a run that the device has no room for."""
+        check_run_fits(
+            self.config,
+            workload,
+            dtype=self.model.dtype,
+            device=self.device,
+            loaded=self.model.device.type != "meta",
+        )
+
+    def _need_weights(self) -> None:
+        if self.model.device.type == "meta":
+            raise SettingError("this model has no weights and can only plan; use from_pretrained")
+
+    def _check_all(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        if not prompts:
+            raise PromptError("no prompt was given; expected at least one")
+        for prompt in prompts:
+            self.check(prompt)
+        return list(prompts)
 
     def prompt(self, messages: Messages) -> Prompt:
         """The prompt that asks for the next turn of a conversation."""
@@ -197,16 +311,18 @@ class LlamaVision:
 
     def tile(self, prompt: Prompt, max_tiles: int | None = None) -> list[TiledImage]:
         """Cut a prompt's images into tiles, of at most `max_tiles` or what the model allows."""
-        vision = self.config.vision
-        most = vision.max_num_tiles if max_tiles is None else max_tiles
-        if not 1 <= most <= vision.max_num_tiles:
-            raise SettingError(
-                f"max_tiles is {most}; expected 1 to {vision.max_num_tiles} for this model"
-            )
+        vision, most = self.config.vision, self._most_tiles(max_tiles)
         return [
             tile_image(image, tile_size=vision.image_size, max_tiles=most)
             for image in prompt.images
         ]
+
+    def _most_tiles(self, max_tiles: int | None) -> int:
+        allowed = self.config.vision.max_num_tiles
+        most = allowed if max_tiles is None else max_tiles
+        if not 1 <= most <= allowed:
+            raise SettingError(f"max_tiles is {most}; expected 1 to {allowed} for this model")
+        return most
 
     def check(self, prompt: Prompt) -> None:
         """Raise PromptError for what the model cannot read."""
@@ -245,7 +361,7 @@ class LlamaVision:
 
     def _budget(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Sequence[int]],
         grids: Sequence[Sequence[tuple[int, int]]],
         budget: float | int | None,
         pruner: Pruner | None,
@@ -253,34 +369,19 @@ class LlamaVision:
         """A visual budget in tokens of each sample; a fraction is of the tokens of its real tiles.
 
         Raises:
-            PruningError: it is no fraction in (0, 1] and no count of at least 1, or less than is
-                needed and no pruner would choose.
+            PruningError: it is out of range, or less than is needed and no pruner would choose.
         """
         if budget is None:
             return None
-        is_number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
-        if not is_number or not budget > 0 or (isinstance(budget, float) and budget > 1):
-            raise PruningError(
-                f"visual_budget is {budget!r}; expected a fraction above 0 and at most 1.0, "
-                "or a whole number of tokens"
-            )
-        allowed = []
-        per_tile = self.config.vision.tokens_per_tile
-        for sample, need in enumerate(visual_needs(prompts, grids, self.config)):
-            tokens = sum(map(math.prod, grids[sample])) * per_tile
-            most = min(budget, tokens) if isinstance(budget, int) else math.floor(budget * tokens)
-            if tokens and not most:
-                raise PruningError(
-                    f"visual_budget is {budget!r}, less than one of the {tokens} visual tokens of "
-                    f"sample {sample}; expected a larger fraction, or a whole number of tokens"
-                )
+        allowed = budget_in_tokens(budget, visual_counts(grids, self.config))
+        needs = visual_needs(prompts, grids, self.config)
+        for need, most in zip(needs, allowed, strict=True):
             if need > most and pruner is None:
                 raise PruningError(
                     f"the images need {need} visual tokens and the visual budget is {most}; "
                     f"raise --visual-budget (visual_budget) to {need}, or choose a pruner, "
                     "such as --k-ratio 0.5 (pruner=TrimmedLlama(0.5))"
                 )
-            allowed.append(most)
         return allowed
 
 

@@ -115,33 +115,40 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causa
 
 
 def attend_and_weigh(q: Tensor, k: Tensor, v: Tensor, votes: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of one sample without a mask, and how much of it each key gets.
+    """Attention without a mask, and how much of it each key gets.
 
     `scaled_dot_product_attention` does not tell its probabilities, and computing them a second time
     would cost a tenth of a cross-attention block; so this computes them once, in blocks of queries
-    that fit a CPU core's cache (elsewhere: that are worth a kernel's launch). No [H, S, V] tensor
-    is ever made.
+    that fit a CPU core's cache (elsewhere: that are worth a kernel's launch). No [B, H, S, V]
+    tensor is ever made.
 
     Args:
-        q: [H, S, d].
-        k, v: [K, V, d].
-        votes: [S], float32: how much each query counts.
+        q: [B, H, S, d].
+        k, v: [B, K, V, d].
+        votes: [B, S], float32: how much each query counts.
 
     Returns:
-        [H, S, d]; and [H, V], float32: softmax probabilities times votes, summed over S.
+        [B, H, S, d]; and [B, H, V], float32: softmax probabilities times votes, summed over S.
     """
-    groups, keys = k.shape[:2]
-    grouped = q.unflatten(0, (groups, -1))  # [K, H/K, S, d]
-    block_bytes = 2**20 if q.device.type == "cpu" else 24 * 2**20
-    block_rows = max(1, block_bytes // (4 * grouped.shape[1] * keys))
-    out = torch.empty_like(grouped)
-    mass = q.new_zeros(*grouped.shape[:2], keys, dtype=torch.float32)  # [K, H/K, V]
-    for group in range(groups):
-        for start in range(0, q.shape[1], block_rows):
+    batch, heads, rows, width = q.shape
+    groups, keys = k.shape[1:3]
+    q = q.unflatten(1, (groups, -1)).flatten(0, 1)  # [B · K, H/K, S, d]
+    k, v = k.flatten(0, 1), v.flatten(0, 1)  # [B · K, V, d]
+    votes = votes.repeat_interleave(groups, dim=0)[:, None, None]  # [B · K, 1, 1, S]
+    on_cpu = q.device.type == "cpu"
+    at_once = 1 if on_cpu else batch * groups
+    block_bytes = 2**20 if on_cpu else 24 * 2**20
+    block_rows = max(1, block_bytes // (4 * at_once * q.shape[1] * keys))
+    out = torch.empty_like(q)
+    mass = q.new_zeros(*q.shape[:2], keys, dtype=torch.float32)  # [B · K, H/K, V]
+    for group in range(0, batch * groups, at_once):
+        of = slice(group, group + at_once)
+        for start in range(0, rows, block_rows):
             run = slice(start, start + block_rows)
-            block = grouped[group, :, run]  # [H/K, rows, d]
-            scores = block.flatten(0, 1) * q.shape[-1] ** -0.5 @ k[group].T  # [H/K · rows, V]
+            block = q[of, :, run]  # [groups, H/K, rows, d]
+            scores = block.flatten(1, 2) * width**-0.5 @ k[of].mT  # [groups, H/K · rows, V]
             shares = scores.softmax(dim=-1, dtype=torch.float32)
-            mass[group] += votes[run] @ shares.unflatten(0, block.shape[:2])
-            out[group, :, run] = (shares.type_as(v) @ v[group]).unflatten(0, block.shape[:2])
-    return out.flatten(0, 1), mass.flatten(0, 1)
+            by_head = shares.unflatten(1, block.shape[1:3])  # [groups, H/K, rows, V]
+            mass[of] += (votes[of, ..., run] @ by_head).squeeze(2)
+            out[of, :, run] = (shares.type_as(v) @ v[of]).unflatten(1, block.shape[1:3])
+    return out.reshape(batch, heads, rows, width), mass.reshape(batch, heads, keys)

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from llama_vision.cache import Cache
 from llama_vision.config import Config, VisionConfig
@@ -12,10 +13,7 @@ from llama_vision.image import TiledImage
 from llama_vision.pruning import Pruner
 from llama_vision.text import TextDecoder
 from llama_vision.vision import VisionEncoder
-from llama_vision.visual import VisualTokens
-
-TOKENS_AT_ONCE = 8192
-"""Most tokens that go through the vision encoder together, unless a single image has more."""
+from llama_vision.visual import TOKENS_AT_ONCE, VisualTokens
 
 
 class LlamaVisionModel(nn.Module):
@@ -84,14 +82,14 @@ class LlamaVisionModel(nn.Module):
         in one pass.
 
         Args:
-            token_ids: [B, S], padded on the right.
+            token_ids: [B, S], padded on the right; best on the host, where they are read.
             visual: from `encode_images`, of the images whose ids are in `token_ids`. With a cache
                 it is used up: its features are freed once the last block has read them.
             lengths: real tokens of each sample; S for all if not given.
             cache: what came before; receives these rows and is advanced by `lengths`.
             pruner: chooses among the visual tokens, see `llama_vision.pruning`.
-            prefill_chunk: most rows that go through a block at once, which bounds the memory of
-                long prompts; only with a cache. None for all of them.
+            prefill_chunk: most rows, of all samples, that go through a block at once, which bounds
+                the memory of long prompts; only with a cache. None for all of them.
             last_row_only: logits of each sample's last real row only.
 
         Returns:
@@ -106,6 +104,24 @@ class LlamaVisionModel(nn.Module):
             last = torch.tensor([length - 1 for length in lengths], device=h.device)
             h = h[torch.arange(batch, device=h.device), last]  # [B, D]
         return self.text.logits(h)
+
+
+def model_without_weights(config: Config) -> LlamaVisionModel:
+    """The modules on torch's meta device: every parameter has its shape and no storage."""
+    with torch.device("meta"), _Unfilled():
+        return LlamaVisionModel(config)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Modules built under it skip `torch.nn.init`: the checkpoint fills every parameter.
+
+    On the meta device there is nothing to fill, and a random fill costs the import of a compiler.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
 
 
 def images_at_once(config: VisionConfig) -> int:

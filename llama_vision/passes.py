@@ -10,6 +10,7 @@ from llama_vision.config import TextConfig
 from llama_vision.layers import attend, attend_and_weigh, rotary_angles
 from llama_vision.pruning import Pruner, check_keep_mask
 from llama_vision.visual import (
+    TOKENS_AT_ONCE,
     Sight,
     Stretch,
     Visibility,
@@ -22,9 +23,9 @@ Projection = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Visual features [B, V, D] to one layer's keys and values, two of [B, K, V, d]."""
 
 
-def row_chunks(rows: int, most: int | None) -> list[slice]:
-    """The rows of a pass in runs of at most `most`; in one if that is None."""
-    most = most or max(1, rows)
+def row_chunks(batch: int, rows: int, most: int | None) -> list[slice]:
+    """The rows of a pass in runs; `most` rows of all samples together, or all if that is None."""
+    most = max(1, rows if most is None else most // batch)
     return [slice(start, min(start + most, rows)) for start in range(0, rows, most)]
 
 
@@ -45,18 +46,20 @@ class TextPass:
     """What the self-attention blocks of one pass share.
 
     Args:
-        prefill_chunk: most rows that go through a block at once. Later chunks read the earlier
-            ones' keys and values from the cache; without one, all rows go together.
+        h: [B, S, D], the rows.
+        prefill_chunk: most rows, of all samples together, that go through a block at once. Later
+            chunks read the earlier ones' keys and values from the cache; without one, all rows go
+            together.
     """
 
     def __init__(
         self,
         config: TextConfig,
-        token_ids: Tensor,
+        h: Tensor,
         cache: Cache | None,
         prefill_chunk: int | None = None,
     ):
-        rows = token_ids.shape[1]
+        rows = h.shape[1]
         self.config = config
         self.store = cache.text if cache is not None else None
         if self.store is not None:
@@ -64,8 +67,9 @@ class TextPass:
             self.positions = self.store.positions(rows)  # [B, S]
         else:
             self.lengths = [0]
-            self.positions = torch.arange(rows, device=token_ids.device)[None]  # [1, S]
-        self.chunks = row_chunks(rows, prefill_chunk if cache is not None else None)
+            self.positions = torch.arange(rows, device=h.device)[None]  # [1, S]
+        most = prefill_chunk if cache is not None else None
+        self.chunks = row_chunks(h.shape[0], rows, most)
         self._last: TextChunk | None = None
 
     def chunk(self, rows: slice) -> "TextChunk":
@@ -115,9 +119,10 @@ class VisualPass:
         cache: Cache | None,
         pruner: Pruner | None,
         prefill_chunk: int | None = None,
+        device: torch.device | str = "cpu",
     ):
         self.batch, self.rows = token_ids.shape
-        self.device = token_ids.device
+        self.device = device
         self.layers = len(config.cross_attention_layers)
         self.visual = visual
         self.pruner = pruner if visual is not None else None
@@ -126,7 +131,9 @@ class VisualPass:
         self.values: Tensor | None = None
         """[B, K, V, d], of the first block, beside `visual.keys`; likewise."""
         self.store = cache.visual if cache is not None else None
-        self.chunks = row_chunks(self.rows, prefill_chunk if cache is not None else None)
+        self.chunks = row_chunks(
+            self.batch, self.rows, prefill_chunk if cache is not None else None
+        )
         nothing = [[0] * self.batch] * self.layers
         self.remembered = list(self.store.lengths) if self.store is not None else nothing
         self.blind = visual is None and not any(map(any, self.remembered))
@@ -138,7 +145,8 @@ class VisualPass:
         self.stretches = [find_stretches(row, config.image_token_id) for row in ids]
         if self.pruner is not None:
             is_image = token_ids == config.image_token_id
-            self.votes = count_votes(getattr(pruner, "votes", "all"), is_image, lengths)
+            votes = count_votes(getattr(pruner, "votes", "all"), is_image, lengths)
+            self.votes = votes.to(device)
         if cache is not None:
             cache.visual.note_images(self.stretches, cache.position)
 
@@ -182,7 +190,7 @@ class VisualPass:
         """
         if self.visual is None:
             return self.store.read(layer, max(self.remembered[layer]))
-        new_keys, new_values = project(self.visual.features)
+        new_keys, new_values = self._project(project)
         keys, values = self._behind_remembered(layer, new_keys, new_values)
         if self.pruner is not None:
             self.visual.keys, self.values = new_keys, new_values
@@ -190,6 +198,23 @@ class VisualPass:
             self.store.write(layer, keys, values, self.read_later(layer))
             if layer == self.layers - 1:
                 self.visual.release()
+        return keys, values
+
+    def _project(self, project: Projection) -> tuple[Tensor, Tensor]:
+        """Keys and values of all new tokens; piece by piece where they are many."""
+        features = self.visual.features
+        batch, tokens, _ = features.shape
+        if self.store is None or batch * tokens <= TOKENS_AT_ONCE:
+            return project(features)
+        keys = values = None
+        for sample in range(batch):
+            for run in row_chunks(1, tokens, TOKENS_AT_ONCE):
+                piece = project(features[sample : sample + 1, run])
+                if keys is None:
+                    _, heads, _, width = piece[0].shape
+                    keys = features.new_empty(batch, heads, tokens, width)
+                    values = torch.empty_like(keys)
+                keys[sample, :, run], values[sample, :, run] = piece[0][0], piece[1][0]
         return keys, values
 
     def keep(self, mask: Tensor) -> None:
@@ -243,12 +268,13 @@ class VisualChunk:
             shape = (*q.shape[:2], k.shape[2] - old)
             sight.saliency = q.new_zeros(shape, dtype=torch.float32)
         votes = sight.votes[:, self.rows]
-        for sample, sights in enumerate(self.visibility.sights):
+        for samples, sights in self.visibility.batches():
             for rows, tokens in sights:
-                heads = q[sample, :, rows], k[sample, :, tokens], v[sample, :, tokens]
-                out[sample, :, rows], mass = attend_and_weigh(*heads, votes[sample, rows])
+                seen = q[samples, :, rows], k[samples, :, tokens], v[samples, :, tokens]
+                out[samples, :, rows], mass = attend_and_weigh(*seen, votes[samples, rows])
                 if tokens.start >= old:
-                    sight.saliency[sample, :, tokens.start - old : tokens.stop - old] += mass
+                    new = slice(tokens.start - old, tokens.stop - old)
+                    sight.saliency[samples, :, new] += mass
         return out
 
 

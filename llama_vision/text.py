@@ -42,19 +42,22 @@ class TextDecoder(nn.Module):
         """Run the blocks over the next S rows of each sample.
 
         Args:
-            token_ids: [B, S].
+            token_ids: [B, S]; on the host they need no transfer back.
             lengths: rows of each sample that are not padding.
             visual: tokens of the images whose ids are in `token_ids`; None if there are none.
             cache: holds what came before and receives these rows; without one they are the first.
             pruner: asked, if there are images, after the first cross-attention block.
-            prefill_chunk: most rows that go through a block at once; only with a cache.
+            prefill_chunk: most rows, of all samples, that go through a block at once; only with a
+                cache.
 
         Returns:
             [B, S, D], before the final norm.
         """
-        text = TextPass(self.config, token_ids, cache, prefill_chunk)
-        sight = VisualPass(self.config, token_ids, lengths, visual, cache, pruner, prefill_chunk)
-        h = self.embed_tokens(token_ids)
+        h = self.embed_tokens(token_ids.to(self.embed_tokens.weight.device))
+        text = TextPass(self.config, h, cache, prefill_chunk)
+        sight = VisualPass(
+            self.config, token_ids, lengths, visual, cache, pruner, prefill_chunk, h.device
+        )
         for block in self.layers:
             if isinstance(block, SelfAttentionBlock):
                 h = block(h, text)

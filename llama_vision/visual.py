@@ -14,6 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+TOKENS_AT_ONCE = 8192
+"""Most visual tokens that go through a layer together, which bounds what it takes in between.
+
+A single image always goes as one through the encoder; one of the 11B, 6,432 tokens with padding,
+keeps a GPU busy.
+"""
+
 
 class Stretch(NamedTuple):
     """Text rows `rows` of one sample that all see the same images, its `images`."""

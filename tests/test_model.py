@@ -123,12 +123,12 @@ def test_images_encoded_in_groups_are_those_encoded_at_once(seed, monkeypatch):
     images = [random_images(config, count, draw) for count in (3, 0, 4)]
     at_once = model.encode_images(images)
     tokens = config.vision.max_num_tiles * config.vision.tokens_per_tile
+    seen = []
+    model.vision.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     for most in (1, 2):
         monkeypatch.setattr("llama_vision.model.TOKENS_AT_ONCE", most * tokens)
-        seen = []
-        hook = model.vision.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+        seen.clear()
         in_groups = model.encode_images(images)
-        hook.remove()
         assert max(seen) <= most < len(seen)
         assert_close(f"groups of {most}", in_groups.features, at_once.features, 1e-5)
         assert torch.equal(in_groups.tile, at_once.tile)

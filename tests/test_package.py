@@ -20,8 +20,11 @@ ORDER = (
     {"model"},
     {"memory"},
     {"checkpoint"},
+    {"fitting"},
+    {"planning"},
     {"decoding"},
     {"generation"},
+    {"reporting"},
     {"cli"},
 )
 """A module may import those of earlier rows only."""
@@ -38,7 +41,7 @@ NARROWER = {
 }
 """Modules that may import even fewer."""
 
-TESTED_WITH = {"decoding": "generation", "passes": "text"}
+TESTED_WITH = {"decoding": "generation", "passes": "text", "reporting": "cli"}
 """Modules whose tests are those of another: a Generation is had through `generate`."""
 
 THIRD_PARTY = {"torch", "safetensors", "huggingface_hub", "sentencepiece", "tiktoken", "PIL"}

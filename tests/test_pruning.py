@@ -885,14 +885,15 @@ def test_pruners_work_on_prompts_made_by_hand(tiny):
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
 def test_weighing_attends_and_sums_what_the_voting_rows_paid(heads, kv_heads, rows):
     torch.manual_seed(0)
-    q, k, v = (torch.randn(h, n, 8) for h, n in ((heads, rows), (kv_heads, 50), (kv_heads, 50)))
-    votes = torch.rand(rows)
-    repeated = k.repeat_interleave(heads // kv_heads, 0)
+    sizes = ((heads, rows), (kv_heads, 50), (kv_heads, 50))
+    q, k, v = (torch.randn(2, h, n, 8) for h, n in sizes)
+    votes = torch.rand(2, rows)
+    repeated = k.repeat_interleave(heads // kv_heads, 1)
     shares = (q.double() @ repeated.double().mT / 8**0.5).softmax(-1)
     out, mass = attend_and_weigh(q, k, v, votes)
     assert mass.dtype == torch.float32
-    assert_close("out", out, attend(q[None], k[None], v[None])[0], 1e-5)
-    assert_close("mass", mass, (shares * votes[:, None]).sum(1), 1e-5)
+    assert_close("out", out, attend(q, k, v), 1e-5)
+    assert_close("mass", mass, (shares * votes[:, None, :, None]).sum(2), 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -902,22 +903,22 @@ def test_weighing_attends_and_sums_what_the_voting_rows_paid(heads, kv_heads, ro
 )
 def test_scoring_at_the_11b_s_widths_takes_little_memory(heads, kv_heads, rows):
     torch.manual_seed(0)
-    q, k = torch.randn(heads, rows, 128), torch.randn(kv_heads, 6404, 128)
+    q, k = torch.randn(1, heads, rows, 128), torch.randn(1, kv_heads, 6404, 128)
     results = []
-    live = live_bytes(lambda: results.append(attend_and_weigh(q, k, k, torch.ones(rows))))
+    live = live_bytes(lambda: results.append(attend_and_weigh(q, k, k, torch.ones(1, rows))))
     mass = results[0][1]
     assert mass.nbytes <= max(live) <= 64 * 2**20
     for head in (0, 5, heads - 1):
-        expected = (q[head] @ k[head // 4].T / 128**0.5).softmax(-1).sum(0)
-        assert ((mass[head] - expected).abs() / expected).max() < 1e-4
+        expected = (q[0, head] @ k[0, head // 4].T / 128**0.5).softmax(-1).sum(0)
+        assert ((mass[0, head] - expected).abs() / expected).max() < 1e-4
 
 
 def test_scoring_in_half_precision_sums_in_float32():
     """Scores are of the model's type, as everywhere; the sums of many rows are exact."""
     torch.manual_seed(0)
-    q, k = torch.randn(4, 3000, 8).bfloat16(), torch.randn(2, 40, 8).bfloat16()
-    repeated = k.repeat_interleave(2, 0).float()
-    expected = (q.float() @ repeated.mT / 8**0.5).softmax(-1).sum(1)
-    out, mass = attend_and_weigh(q, k, k, torch.ones(3000))
+    q, k = torch.randn(1, 4, 3000, 8).bfloat16(), torch.randn(1, 2, 40, 8).bfloat16()
+    repeated = k.repeat_interleave(2, 1).float()
+    expected = (q.float() @ repeated.mT / 8**0.5).softmax(-1).sum(2)
+    out, mass = attend_and_weigh(q, k, k, torch.ones(1, 3000))
     assert (out.dtype, mass.dtype) == (torch.bfloat16, torch.float32)
     assert ((mass - expected).abs() / expected).max() < 5e-3

@@ -54,11 +54,11 @@ PRUNERS = {
 @pytest.mark.parametrize("pruner", PRUNERS.values(), ids=PRUNERS)
 @pytest.mark.parametrize("seed", range(6))
 def test_prefill_in_chunks_changes_no_logit(seed, pruner):
-    """Ragged batches over two turns, chunks of 1, 2 and 7 rows; images anywhere."""
+    """Ragged batches of 3 over two turns, chunks of 1, 2 and 7 rows each; images anywhere."""
     config = random_config(seed)
     model = random_model(config, seed)
     runs = {}
-    for size in (None, 1, 2, 7):
+    for size in (None, 1, 6, 21):
         draw = random.Random(seed)
         conversation = runs[size] = Conversation(model, 3)
         for _ in range(2):
@@ -75,6 +75,21 @@ def test_prefill_in_chunks_changes_no_logit(seed, pruner):
                 EXACT,
             )
             assert all(map(torch.equal, got.kept, want.kept))
+
+
+@pytest.mark.parametrize("pruner", PRUNERS.values(), ids=PRUNERS)
+@pytest.mark.parametrize("seed", range(3))
+def test_keys_projected_in_pieces_change_no_logit(seed, pruner, monkeypatch):
+    config = random_config(seed)
+    model = random_model(config, seed)
+    answers = []
+    for most in (8192, 5):
+        monkeypatch.setattr("llama_vision.passes.TOKENS_AT_ONCE", most)
+        draw, conversation = random.Random(seed), Conversation(model, 2)
+        conversation.go_on(*conversation.random_turn(draw), pruner)
+        conversation.go_on([[1], [2]])
+        answers.append(torch.cat([row for said in conversation.samples for row in said.logits]))
+    assert_close("pieces of 5", answers[1], answers[0], EXACT)
 
 
 @pytest.mark.parametrize("k_ratio", [None, 0.25])

@@ -41,12 +41,12 @@ def measure(options: argparse.Namespace) -> None:
         block = CrossAttentionBlock(config, 0).to(**place)
     h = torch.randn(1, options.rows, config.hidden_size, **place)
     features = torch.randn(options.tiles, 1601, config.hidden_size, **place)
-    token_ids = torch.zeros(1, options.rows, dtype=torch.int64, device=options.device)
+    token_ids = torch.zeros(1, options.rows, dtype=torch.int64)
     token_ids[0, 0] = config.image_token_id
 
     def forward(pruner: object) -> None:
         visual = VisualTokens.of_images([[features]], [[(1, options.tiles)]])
-        sight = VisualPass(config, token_ids, [options.rows], visual, None, pruner)
+        sight = VisualPass(config, token_ids, [options.rows], visual, None, pruner, device=h.device)
         block(h, sight)
 
     seconds: dict[str, list[float]] = {"block": [], "block and scoring": []}
@@ -54,16 +54,16 @@ def measure(options: argparse.Namespace) -> None:
         for name, pruner in (("block", None), ("block and scoring", keep_all)):
             seconds[name].append(timed(forward, pruner, options.device))
     medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
-    q = torch.randn(config.num_attention_heads, options.rows, config.head_dim, **place)
-    k = torch.randn(config.num_key_value_heads, options.tiles * 1601, config.head_dim, **place)
-    votes = torch.ones(options.rows, device=options.device)
-    plain = peak_bytes(lambda: attend(q[None], k[None], k[None]), options.device)
+    q = torch.randn(1, config.num_attention_heads, options.rows, config.head_dim, **place)
+    k = torch.randn(1, config.num_key_value_heads, options.tiles * 1601, config.head_dim, **place)
+    votes = torch.ones(1, options.rows, device=options.device)
+    plain = peak_bytes(lambda: attend(q, k, k), options.device)
     scored = peak_bytes(lambda: attend_and_weigh(q, k, k, votes), options.device)
     result = {
         "device": options.device,
         "dtype": options.dtype,
         "rows": options.rows,
-        "visual_tokens": k.shape[1],
+        "visual_tokens": k.shape[2],
         "seconds": medians,
         "extra_time": medians["block and scoring"] / medians["block"] - 1,
         "attention_peak_bytes": {"plain": plain, "scored": scored},
