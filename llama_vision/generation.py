@@ -182,8 +182,8 @@ class LlamaVision:
             ignore_stop: go on past stop tokens.
             max_seq_len: most tokens of prompt and answer together; None for what the model allows.
             max_tiles: most tiles an image is cut into; None for what the model allows.
-            prefill_chunk: most tokens of a prompt that go through a block at once. It changes
-                no answer, only what memory a long prompt needs.
+            prefill_chunk: most prompt tokens, of all samples together, that go through a block at
+                once. It changes no answer, only what memory long prompts need.
             track_memory: note the peaks of memory in the run's `ledger`; on the CPU that costs
                 some time.
             force: run even where memory seems not to suffice.
@@ -272,14 +272,11 @@ class LlamaVision:
         )
 
     def check_fits(self, workload: Workload) -> None:
-        """Raise MemoryLimitError for a run that the device has no room for."""
-        check_run_fits(
-            self.config,
-            workload,
-            dtype=self.model.dtype,
-            device=self.device,
-            loaded=self.model.device.type != "meta",
-        )
+        """Raise MemoryLimitError for a run, or for weights, that the device has no room for."""
+        dtype, loaded = self.model.dtype, self.model.device.type != "meta"
+        if not loaded:
+            check_weights_fit(self.config, dtype, self.device)
+        check_run_fits(self.config, workload, dtype=dtype, device=self.device, loaded=loaded)
 
     def _need_weights(self) -> None:
         if self.model.device.type == "meta":
