@@ -161,8 +161,9 @@ def _color(scene: Scene, rng: Random) -> Iterator[Question]:
 
 def _absent(kinds: Counter, wordings: tuple[str, ...], rng: Random) -> Iterator[Question]:
     """As often as not the same question about a shape that is not there."""
-    if rng.random() < 0.6:
-        kind = rng.choice([kind for kind in SHAPES if kind not in kinds])
+    missing = [kind for kind in SHAPES if kind not in kinds]
+    if missing and rng.random() < 0.6:
+        kind = rng.choice(missing)
         yield Question("absent", rng.choice(wordings).format(kind), f"There is no {kind}.")
 
 
@@ -178,8 +179,9 @@ def _shape(scene: Scene, rng: Random) -> Iterator[Question]:
         if colors[shape.color] == 1:
             wording = rng.choice(wordings).format(shape.color)
             yield Question("shape", wording, sentence(article(shape.kind)))
-    if scene.shapes and rng.random() < 0.4:
-        absent = rng.choice([color for color in COLORS if color not in colors])
+    missing = [color for color in COLORS if color not in colors]
+    if missing and scene.shapes and rng.random() < 0.4:
+        absent = rng.choice(missing)
         yield Question(
             "absent", rng.choice(wordings).format(absent), f"There is no {absent} shape."
         )
