@@ -63,20 +63,24 @@ def rotary_frequencies(config: TextConfig, device: torch.device) -> Tensor:
 
 
 def rotary_angles(config: TextConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's angles: [B, S] -> two of [B, 1, S, d / 2], float32."""
+    """Cosine and signed sine of every position's angles: [B, S] -> two of [B, 1, S, d], float32.
+
+    Both halves of a head turn by the same angles; the sine is negative in the first.
+    """
     frequencies = rotary_frequencies(config, positions.device)
     angles = positions[:, None, :, None] * frequencies  # [B, 1, S, d / 2]
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn queries or keys [B, H, S, d] by their positions' angles.
+    """Turn queries or keys [B, H, S, d] by their positions' angles, from `rotary_angles`.
 
     Element i is paired with i + d / 2: the checkpoint's q_proj and k_proj are permuted for that.
     """
-    first, second = x.float().chunk(2, dim=-1)
-    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return rotated.type_as(x)
+    wide = x.float()
+    halves_swapped = wide.roll(x.shape[-1] // 2, dims=-1)
+    return torch.addcmul(wide * cos, halves_swapped, sin).type_as(x)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
