@@ -1,0 +1,259 @@
+"""How fast, beside transformers and beside the machine's own limits?
+
+    pip install -c constraints.txt -e ".[bench]"
+    python tools/benchmark.py weights/pico
+    python tools/benchmark.py 340m --dtype bfloat16 --batches 1 16 --keep 0.5
+    python tools/benchmark.py 11b --device cuda --dtype bfloat16 --batches 1 8 32
+    python tools/benchmark.py weights/pico --growth curve.png   # decode against text and images
+
+Both run on the same weights (random ones, but for a directory's), the same prompt and pictures, in
+the same process, taking turns; a ratio is the median over rounds of theirs to ours. The last line
+of stdout is one JSON document; --save adds it, dated, to tools/results/.
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from itertools import product
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from limits import Limits, decode_bytes, encode_operations, prefill_operations
+from models import named_config, random_model
+from peers import Ours, Peer, Run, Transformers
+
+from llama_vision.checkpoint import load_model
+from llama_vision.config import DTYPES, Config
+from llama_vision.model import LlamaVisionModel
+
+METRICS = ("image encoding", "first token", "decode")
+"""Seconds: for all pictures of a batch; from pictures to the first token; for one step."""
+
+
+def main() -> None:
+    options = parse()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device, dtype = torch.device(options.device), DTYPES[options.dtype]
+    config = named_config(options.model)
+    model = load(options.model, config, dtype, device)
+    limits = Limits.measured(dtype, device)
+    print(
+        f"{options.model}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{options.dtype}, {describe(device)}; copies {limits.bandwidth / 1e9:.1f} GB/s, "
+        f"multiplies {limits.operations / 1e9:,.0f} GFLOP/s\n"
+    )
+    if options.growth:
+        rows = growth(model, limits, options)
+    else:
+        rows = list(compare_all(model, limits, options))
+    document = {
+        "date": str(date.today()),
+        "model": Path(options.model).name,
+        "dtype": options.dtype,
+        "device": describe(device),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "limits": vars(limits),
+        "rows": rows,
+    }
+    if options.save:
+        name = f"{document['date']}-{document['model']}-{options.dtype}-{device.type}.json"
+        path = Path(__file__).parent / "results" / name
+        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(document))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("model", help="a directory, 340m, 11b or 90b")
+    add("--device", default="cpu")
+    add("--dtype", default="float32", choices=DTYPES)
+    add("--threads", type=int, default=2 if os.cpu_count() == 2 else 0, help="of a CPU; 0: torch's")
+    add("--batches", type=int, nargs="+", default=[1])
+    add("--tiles", type=int, nargs="+", default=[1, 4], choices=(1, 2, 3, 4))
+    add("--keep", type=float, nargs="+", default=[1.0], help="1 for all, else trimmed to this part")
+    add("--prompt-tokens", type=int, default=40)
+    add("--new-tokens", type=int, default=32)
+    add("--rounds", type=int, default=5)
+    add("--peers", nargs="*", default=["eager"], choices=("eager", "static", "compiled"))
+    add("--growth", metavar="PNG", help="decode time against text length and visual tokens")
+    add("--save", action="store_true")
+    return parser.parse_args()
+
+
+def load(name: str, config: Config, dtype: torch.dtype, device: torch.device) -> LlamaVisionModel:
+    """Random weights, or those of a directory."""
+    if Path(name).is_dir():
+        return load_model(Path(name), config, device=device, dtype=dtype)
+    return random_model(config, dtype, device)
+
+
+def describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    with suppress(PackageNotFoundError):
+        found["transformers"] = version("transformers")
+    return found
+
+
+def compare_all(
+    model: LlamaVisionModel, limits: Limits, options: argparse.Namespace
+) -> Iterator[dict]:
+    """One row for each batch, number of tiles, kept part and peer."""
+    peers = {mode: Transformers(model, mode) for mode in options.peers}
+    for batch, tiles, keep in product(options.batches, options.tiles, options.keep):
+        run = Run.random(model.config, batch, tiles, options.prompt_tokens, options.new_tokens)
+        contestants: dict[str, Peer] = {"ours": Ours(model, run, keep)}
+        contestants |= {f"transformers, {mode}": peer.on(run) for mode, peer in peers.items()}
+        seconds = alternate(contestants, options.rounds, model.device)
+        peaks = {name: peer.peak_bytes() for name, peer in contestants.items()}
+        row = {"batch": batch, "tiles": tiles, "keep": keep, "seconds": seconds, "peaks": peaks}
+        row["limits"] = shortest(model.config, limits, run, keep, model.dtype)
+        row["ratios"] = {
+            name: {m: ratio(seconds[name][m], seconds["ours"][m]) for m in METRICS}
+            | {"peak memory": peaks["ours"] / peaks[name]}
+            for name in contestants
+            if name != "ours"
+        }
+        print(table(row), flush=True)
+        yield row
+
+
+def alternate(
+    contestants: dict[str, "Peer"], rounds: int, device: torch.device
+) -> dict[str, dict[str, list[float]]]:
+    """Every contestant once a round, in turn; the first round warms up and is not counted."""
+    seconds = {name: {metric: [] for metric in METRICS} for name in contestants}
+    for number in range(rounds + 1):
+        for name, peer in contestants.items():
+            print(f"\rround {number} of {rounds}: {name}" + " " * 20, end="", file=sys.stderr)
+            gc.collect()
+            took = peer.measure(lambda work: timed(work, device))
+            if number:
+                for metric, value in zip(METRICS, took, strict=True):
+                    seconds[name][metric].append(value)
+    print("\r" + " " * 60 + "\r", end="", file=sys.stderr)
+    return seconds
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def ratio(theirs: list[float], ours: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
+
+
+def shortest(
+    config: Config, limits: Limits, run: Run, keep: float, dtype: torch.dtype
+) -> dict[str, float]:
+    """Seconds that the machine needs at least: operations to do, or bytes to read."""
+    visual = int(keep * run.tiles * config.vision.tokens_per_tile)
+    encode = encode_operations(config, run.tiles) * run.batch / limits.operations
+    prefill = prefill_operations(config, run.prompt_tokens, run.tiles) * run.batch
+    length = run.prompt_tokens + run.new_tokens // 2
+    read = decode_bytes(config, run.batch, length, visual, dtype)
+    times = (encode, encode + prefill / limits.operations, read / limits.bandwidth)
+    return dict(zip(METRICS, times, strict=True))
+
+
+def table(row: dict) -> str:
+    kept = "" if row["keep"] == 1 else f", {row['keep']:.0%} kept"
+    lines = [
+        f"batch {row['batch']}, {row['tiles']} tiles{kept}",
+        f"{'':<24}{'encoding':>14}{'first token':>14}{'decode step':>14}"
+        f"{'tokens/s':>10}{'peak':>12}",
+    ]
+    for name, seconds in row["seconds"].items():
+        medians = [statistics.median(seconds[metric]) for metric in METRICS]
+        speed, peak = row["batch"] / medians[2], row["peaks"][name] / 2**20
+        words = "".join(f"{1000 * value:>11.1f} ms" for value in medians)
+        lines.append(f"  {name:<22}{words}{speed:>10.1f}{peak:>8.0f} MiB")
+        if name != "ours":
+            ratios = row["ratios"][name]
+            words = "".join(f"{ratios[metric]:>12.2f} ×" for metric in METRICS)
+            lines.append(f"  {'  to ours':<22}{words}{'':>10}{1 / ratios['peak memory']:>10.2f} ×")
+    ours = [statistics.median(row["seconds"]["ours"][metric]) for metric in METRICS]
+    parts = (row["limits"][m] / value for m, value in zip(METRICS, ours, strict=True))
+    lines.append(f"  {'ours, of the limit':<22}" + "".join(f"{part:>13.0%} " for part in parts))
+    return "\n".join(lines) + "\n"
+
+
+def growth(model: LlamaVisionModel, limits: Limits, options: argparse.Namespace) -> list[dict]:
+    """Decode time against the text's length and against visual tokens, beside the bytes read."""
+    config, rows = model.config, []
+    most = min(8192, config.text.max_position_embeddings)
+    lengths = [n for n in (256, 512, 1024, 2048, 4096, 8192) if n <= most]
+    cases = [("text", length, 0) for length in lengths]
+    cases += [("images", 256, tiles) for tiles in (0, 1, 2, 3, 4)]
+    print(f"{'':<8}{'text':>8}{'visual':>8}{'step':>12}{'bytes read':>16}{'of the limit':>14}")
+    for kind, length, tiles in cases:
+        run = Run.random(config, options.batches[0], tiles, length, options.new_tokens)
+        ours = Ours(model, run, 1.0)
+        took = [
+            ours.measure(lambda work: timed(work, model.device))[2] for _ in range(options.rounds)
+        ]
+        step = statistics.median(took)
+        visual = tiles * config.vision.tokens_per_tile
+        read = decode_bytes(config, run.batch, length + run.new_tokens // 2, visual, model.dtype)
+        part = read / limits.bandwidth / step
+        rows.append({"kind": kind, "text": length, "visual": visual, "step": step, "bytes": read})
+        print(
+            f"{kind:<8}{length:>8}{visual:>8}{1000 * step:>9.2f} ms{read:>16,}{part:>14.0%}",
+            flush=True,
+        )
+    plot(rows, Path(options.growth))
+    return rows
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Step times and bytes, each relative to the first of its kind."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    for axis, (kind, x) in zip(axes, (("text", "text"), ("images", "visual")), strict=True):
+        points = [row for row in rows if row["kind"] == kind]
+        for name, label in (("step", "step time"), ("bytes", "bytes read")):
+            axis.plot(
+                [p[x] for p in points],
+                [p[name] / points[0][name] for p in points],
+                "o-",
+                label=label,
+            )
+        axis.set(xlabel=f"{x} tokens", ylabel="relative to the first", ylim=(0, None))
+        axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

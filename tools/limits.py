@@ -1,0 +1,96 @@
+"""What a machine can do at best, and what a run asks of it."""
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+from llama_vision.cache import Cache
+from llama_vision.config import Config
+from llama_vision.memory import weight_parts
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Measured, not looked up."""
+
+    bandwidth: float
+    """Bytes a second that are read in a copy of a large tensor, reads and writes counted."""
+    operations: float
+    """Multiplications and additions a second in a product of large matrices."""
+
+    @classmethod
+    def measured(cls, dtype: torch.dtype, device: torch.device) -> "Limits":
+        size = 2**30 if device.type == "cuda" else 2**28
+        source = torch.zeros(size // dtype.itemsize, dtype=dtype, device=device)
+        target = torch.empty_like(source)
+        side = 8192 if device.type == "cuda" else 1024
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        copied = best(lambda: target.copy_(source), device)
+        return cls(2 * source.nbytes / copied, 2 * side**3 / best(lambda: a @ b, device))
+
+
+def best(work, device: torch.device, rounds: int = 10) -> float:
+    """The shortest of some rounds, in seconds."""
+    times = []
+    for _ in range(rounds):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def decode_bytes(
+    config: Config, batch: int, text_tokens: int, visual_tokens: int, dtype: torch.dtype
+) -> int:
+    """What one step of decoding must read: the decoder's weights, the head's, and both caches.
+
+    Without visual tokens the cross-attention blocks are passed by.
+    """
+    parts = weight_parts(config, dtype)
+    weights = parts["decoder"] + parts["head"]
+    if visual_tokens == 0:
+        text = config.text
+        self_layers = text.num_self_attention_layers
+        only = replace(text, num_hidden_layers=self_layers, cross_attention_layers=())
+        parts = weight_parts(replace(config, text=only), dtype)
+        weights = parts["decoder"] + parts["head"]
+    caches = Cache.plan(
+        config.text,
+        batch=batch,
+        max_text_tokens=text_tokens,
+        visual_capacity=visual_tokens,
+        dtype=dtype,
+    )
+    return weights + caches.total
+
+
+def encode_operations(config: Config, tiles: int) -> int:
+    """Of one image: every tile slot goes through every block, the real tiles' tokens further."""
+    vision = config.vision
+    tokens = vision.max_num_tiles * -(-vision.tokens_per_tile // 8) * 8
+    width = vision.hidden_size
+    block = 2 * tokens * (4 * width * width + 2 * width * vision.intermediate_size)
+    attention = 4 * tokens * tokens * width
+    blocks = vision.num_hidden_layers + vision.num_global_layers
+    patches = 2 * tiles * vision.patches_per_side**2 * 3 * vision.patch_size**2 * width
+    projector = 2 * tiles * vision.tokens_per_tile * vision.feature_size * config.text.hidden_size
+    return blocks * (block + attention) + patches + projector
+
+
+def prefill_operations(config: Config, rows: int, tiles: int) -> int:
+    """Of one prompt that sees one image: all blocks over its rows, the head for the last."""
+    text = config.text
+    width, kv_width = text.hidden_size, text.num_key_value_heads * text.head_dim
+    visual = tiles * config.vision.tokens_per_tile
+    mlp = 3 * width * text.intermediate_size
+    in_self = 2 * rows * (2 * width * width + 2 * width * kv_width + mlp) + 2 * rows * rows * width
+    in_cross = 2 * rows * (2 * width * width + mlp) + 4 * rows * visual * width
+    in_cross += 4 * visual * width * kv_width
+    cross_layers = len(text.cross_attention_layers)
+    head = 2 * width * text.vocab_size
+    return text.num_self_attention_layers * in_self + cross_layers * in_cross + head
