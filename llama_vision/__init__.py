@@ -2,7 +2,7 @@
 
 Read in this order: config, image, tokenizer, chat; then the model from the inside out: layers,
 visual, vision, cache, pruning, passes, text, model; then what it takes: memory, fitting, planning;
-then what runs it: checkpoint, sampling, decoding, generation, reporting, cli.
+then what runs it: checkpoint, sampling, stepping, decoding, generation, reporting, cli.
 
 Letters for dimensions, the same everywhere:
     B  batch                          S  text rows of this pass        L  text rows cached

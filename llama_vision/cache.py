@@ -183,18 +183,22 @@ class TextStore(_Store):
         """Rows that each sample can hold."""
         return self.capacities[0]
 
-    def positions(self, rows: int) -> Tensor:
-        """Where the next `rows` rows of each sample go: [B, rows], int64.
-
-        Raises:
-            CacheError: they do not fit.
-        """
+    def check_room(self, rows: int) -> None:
+        """Raise CacheError where `rows` more do not fit."""
         need = max(self.lengths) + rows
         if need > self.capacity:
             raise CacheError(
                 f"the text cache holds {self.capacity} tokens and {need} are needed; "
                 "raise --max-seq-len (max_seq_len), or shorten the prompt"
             )
+
+    def positions(self, rows: int) -> Tensor:
+        """Where the next `rows` rows of each sample go: [B, rows], int64.
+
+        Raises:
+            CacheError: they do not fit.
+        """
+        self.check_room(rows)
         device = self.keys[0].device
         start = torch.tensor(self.lengths, device=device)
         return start[:, None] + torch.arange(rows, device=device)
@@ -261,7 +265,9 @@ class VisualStore(_Store):
         for stores in (self.keys, self.values):
             batch, heads, held, width = stores[layer].shape
             if held != rows:
-                stores[layer] = stores[layer].new_zeros(batch, heads, rows, width)
+                # An ordinary tensor, as at the start: compiled code tells inference tensors apart.
+                with torch.inference_mode(False):
+                    stores[layer] = stores[layer].new_zeros(batch, heads, rows, width)
 
     def keep(self, mask: Tensor) -> None:
         """Compact every layer in place, in order, sample by sample.

@@ -139,6 +139,12 @@ def read_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         help="print the largest batch, images and lengths that fit into so much memory, such as "
         "24GiB (default: what is free), and stop",
     )
+    add(
+        "--compile",
+        action="store_true",
+        help="compile decoding: the first run waits for it; worth it for long answers, above all "
+        "on CUDA",
+    )
     add("--force", action="store_true", help="go on even where memory seems not to suffice")
     add("--ignore-stop", action="store_true", help="go on past stop tokens")
     add(
@@ -213,6 +219,7 @@ def run(options: argparse.Namespace) -> int:
         **drawing,
         seed=options.seed,
         ignore_stop=options.ignore_stop,
+        compiled=options.compile,
         track_memory=options.stats or options.json,
         force=options.force,
     )

@@ -17,6 +17,7 @@ from llama_vision.memory import Ledger, Workload
 from llama_vision.model import LlamaVisionModel
 from llama_vision.pruning import Pruner
 from llama_vision.sampling import Sampling
+from llama_vision.stepping import Stepper
 from llama_vision.tokenizer import TextStream, Tokenizer
 from llama_vision.visual import VisualTokens
 
@@ -59,6 +60,7 @@ class Generation:
         workload: the sizes of all this, from which the cache is allocated.
         limits: most tokens of each sample, prompt and answer together.
         track_memory: note the peaks of memory in `ledger`.
+        compiled: compile the steps of decoding, see `stepping`.
     """
 
     def __init__(
@@ -75,12 +77,14 @@ class Generation:
         stop_ids: frozenset[int],
         pruner: Pruner | None,
         track_memory: bool,
+        compiled: bool = False,
     ):
         self.model, self.tokenizer = model, tokenizer
         self.prompts, self.images = prompts, images
         self.workload = workload
         self.limits, self.sampling, self.stop_ids = limits, sampling, stop_ids
-        self.pruner = pruner
+        self.pruner, self.compiled = pruner, compiled
+        self.stepper: Stepper | None = None
         self.generators = [torch.Generator().manual_seed(seed) for _ in prompts]
         self.cache = self._allocate()
         self.kept: list[list[Tensor]] = [[] for _ in prompts]
@@ -148,8 +152,12 @@ class Generation:
     @torch.inference_mode()
     def _decode(self, new: list[int | None]) -> Tensor:
         """One more row for each sample that has not finished: logits [B, vocabulary]."""
-        rows = torch.tensor([[token or 0] for token in new])
+        token_ids = [token or 0 for token in new]
         lengths = [0 if reason else 1 for reason in self.finish_reasons]
+        if self.compiled:
+            self.stepper = self.stepper or Stepper(self.model, self.cache)
+            return self.stepper(token_ids, lengths)
+        rows = torch.tensor(token_ids)[:, None]
         return self.model(rows, lengths=lengths, cache=self.cache, last_row_only=True)
 
     @torch.inference_mode()
@@ -196,7 +204,12 @@ class Generation:
     @contextmanager
     def _phase(self, seconds: str, memory: str | None = None) -> Iterator[None]:
         """Add what happens inside to one entry of `seconds`, and watch its memory."""
-        watched = nullcontext() if self.ledger is None else self.ledger.watch(memory or seconds)
+        untracked = self.compiled and (seconds, memory) == ("decode", None)
+        # Compiled code makes no tensors that could be tracked, and would be compiled anew for that.
+        if self.ledger is None or untracked:
+            watched = nullcontext()
+        else:
+            watched = self.ledger.watch(memory or seconds)
         with _Stopwatch(self.seconds, seconds, self.model.device), watched:
             yield
 

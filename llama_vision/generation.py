@@ -167,6 +167,7 @@ class LlamaVision:
         max_seq_len: int | None = None,
         max_tiles: int | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
+        compiled: bool = False,
         track_memory: bool = False,
         force: bool = False,
     ) -> Generation:
@@ -184,6 +185,8 @@ class LlamaVision:
             max_tiles: most tiles an image is cut into; None for what the model allows.
             prefill_chunk: most prompt tokens, of all samples together, that go through a block at
                 once. It changes no answer, only what memory long prompts need.
+            compiled: compile the steps of decoding, for which the first run waits; on CUDA they are
+                captured as graphs too.
             track_memory: note the peaks of memory in the run's `ledger`; on the CPU that costs
                 some time.
             force: run even where memory seems not to suffice.
@@ -215,6 +218,7 @@ class LlamaVision:
             stop_ids=frozenset() if ignore_stop else self.stop_ids,
             pruner=pruner,
             track_memory=track_memory,
+            compiled=compiled,
         )
 
     def plan(self, prompts: Sequence[Prompt], **settings: Any) -> MemoryPlan:

@@ -62,12 +62,11 @@ def rotary_frequencies(config: TextConfig, device: torch.device) -> Tensor:
     return frequencies.to(device)
 
 
-def rotary_angles(config: TextConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+def rotary_angles(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and signed sine of every position's angles: [B, S] -> two of [B, 1, S, d], float32.
 
     Both halves of a head turn by the same angles; the sine is negative in the first.
     """
-    frequencies = rotary_frequencies(config, positions.device)
     angles = positions[:, None, :, None] * frequencies  # [B, 1, S, d / 2]
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)

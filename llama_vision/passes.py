@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llama_vision.cache import Cache
 from llama_vision.config import TextConfig
-from llama_vision.layers import attend, attend_and_weigh, rotary_angles
+from llama_vision.layers import attend, attend_and_weigh, rotary_angles, rotary_frequencies
 from llama_vision.pruning import Pruner, check_keep_mask
 from llama_vision.visual import (
     TOKENS_AT_ONCE,
@@ -85,7 +85,8 @@ class TextChunk:
     def __init__(self, text: TextPass, rows: slice):
         self.rows, self.store = rows, text.store
         self.positions = text.positions[:, rows]
-        self.cos, self.sin = rotary_angles(text.config, self.positions)
+        frequencies = rotary_frequencies(text.config, self.positions.device)
+        self.cos, self.sin = rotary_angles(frequencies, self.positions)
         self.keys_held = max(text.lengths) + rows.stop
         self.causal = self.keys_held == rows.stop - rows.start
         uniform = min(text.lengths) == max(text.lengths)

@@ -4,7 +4,7 @@ An image touches the text in the cross-attention blocks alone, and there only th
 values of its visual tokens. A text row that sees no image passes such a block unchanged.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 
 import torch
@@ -58,13 +58,23 @@ class TextDecoder(nn.Module):
         sight = VisualPass(
             self.config, token_ids, lengths, visual, cache, pruner, prefill_chunk, h.device
         )
+        return self.run(h, text, sight, lambda saliency: sight.keep(pruner(saliency, visual)))
+
+    def run(
+        self,
+        h: Tensor,
+        text: TextPass,
+        sight: VisualPass,
+        prune: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
+        """All blocks over the rows h [B, S, D]; `prune` is given the saliency once it is there."""
         for block in self.layers:
             if isinstance(block, SelfAttentionBlock):
                 h = block(h, text)
             elif not sight.blind:
                 h = block(h, sight)
                 if sight.saliency is not None:
-                    sight.keep(pruner(sight.saliency, visual))
+                    prune(sight.saliency)
         return h
 
     def logits(self, h: Tensor) -> Tensor:

@@ -29,6 +29,16 @@ def test_a_batch_gives_the_reference_s_tokens(model, case):
         assert completion.token_ids[:steps] == sample["greedy"][:steps]
 
 
+def test_compiled_decoding_answers_alike(model):
+    settings = {"max_new_tokens": 12, "temperature": 0, "ignore_stop": True}
+    for case in ("image_first", "batch_ragged"):
+        passes, steps = (
+            model.generate(case_prompts(case), compiled=compiled, **settings)
+            for compiled in (False, True)
+        )
+        assert [a.token_ids for a in passes] == [a.token_ids for a in steps]
+
+
 def test_pruned_logits_are_the_reference_s(model):
     logits = model.logits(case_prompts("consecutive")[0], pruner=TrimmedLlama(0.25))
     golden = golden_tensors("trimmed/consecutive_0")["r0.25.prefill_logits"]

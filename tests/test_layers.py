@@ -16,6 +16,7 @@ from llama_vision.layers import (
 )
 
 TEXT = Config.from_directory(TINY).text
+FREQUENCIES = rotary_frequencies(TEXT, torch.device("cpu"))
 
 
 def golden(name: str) -> torch.Tensor:
@@ -28,7 +29,7 @@ def test_rotary_frequencies_are_the_reference_s():
 
 
 def test_rotary_angles_are_the_reference_s():
-    cos, sin = rotary_angles(TEXT, golden("positions")[None])
+    cos, sin = rotary_angles(FREQUENCIES, golden("positions")[None])
     assert cos.dtype == sin.dtype == torch.float32
     for half, name in zip((cos, sin), ("cos", "sin"), strict=True):
         first, second = half[0, 0].chunk(2, dim=-1)
@@ -37,7 +38,7 @@ def test_rotary_angles_are_the_reference_s():
 
 
 def test_rotated_heads_are_the_reference_s():
-    cos, sin = rotary_angles(TEXT, golden("positions")[None])
+    cos, sin = rotary_angles(FREQUENCIES, golden("positions")[None])
     out = rotate(golden("in").transpose(1, 2), cos, sin).transpose(1, 2)
     assert_close("rotate", out, golden("out"), 1e-4)
 
@@ -48,7 +49,7 @@ def test_only_distances_matter_after_rotation():
 
     def score(query_at, key_at):
         turned = [
-            rotate(x, *rotary_angles(TEXT, torch.tensor([[at]])))
+            rotate(x, *rotary_angles(FREQUENCIES, torch.tensor([[at]])))
             for x, at in ((q, query_at), (k, key_at))
         ]
         return (turned[0] * turned[1]).sum()
@@ -60,7 +61,7 @@ def test_only_distances_matter_after_rotation():
 def test_rotation_is_computed_in_float32_and_keeps_the_type():
     torch.manual_seed(0)
     x = torch.randn(1, 2, 5, TEXT.head_dim)
-    cos, sin = rotary_angles(TEXT, torch.arange(3000, 3005)[None])
+    cos, sin = rotary_angles(FREQUENCIES, torch.arange(3000, 3005)[None])
     out = rotate(x.bfloat16(), cos, sin)
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, rotate(x.bfloat16().float(), cos, sin).bfloat16())

@@ -21,7 +21,7 @@ ORDER = (
     {"memory"},
     {"checkpoint"},
     {"fitting"},
-    {"planning"},
+    {"planning", "stepping"},
     {"decoding"},
     {"generation"},
     {"reporting"},

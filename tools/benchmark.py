@@ -91,6 +91,7 @@ def parse() -> argparse.Namespace:
     add("--prompt-tokens", type=int, default=40)
     add("--new-tokens", type=int, default=32)
     add("--rounds", type=int, default=5)
+    add("--compile", action="store_true", help="ours with compiled decoding too")
     add("--peers", nargs="*", default=["eager"], choices=("eager", "static", "compiled"))
     add("--growth", metavar="PNG", help="decode time against text length and visual tokens")
     add("--save", action="store_true")
@@ -125,6 +126,8 @@ def compare_all(
     for batch, tiles, keep in product(options.batches, options.tiles, options.keep):
         run = Run.random(model.config, batch, tiles, options.prompt_tokens, options.new_tokens)
         contestants: dict[str, Peer] = {"ours": Ours(model, run, keep)}
+        if options.compile:
+            contestants["ours, compiled"] = Ours(model, run, keep, compiled=True)
         contestants |= {f"transformers, {mode}": peer.on(run) for mode, peer in peers.items()}
         seconds = alternate(contestants, options.rounds, model.device)
         peaks = {name: peer.peak_bytes() for name, peer in contestants.items()}

@@ -86,8 +86,8 @@ class Peer(ABC):
 class Ours(Peer):
     """This package, trimmed to a part of the visual tokens if that is less than 1."""
 
-    def __init__(self, model: LlamaVisionModel, run: Run, keep: float):
-        self.model, self.run = model, run
+    def __init__(self, model: LlamaVisionModel, run: Run, keep: float, compiled: bool = False):
+        self.model, self.run, self.compiled = model, run, compiled
         self.new_tokens, self.device = run.new_tokens, model.device
         self.pruner = TrimmedLlama(1.0) if keep < 1 else None
         visual = run.tiles * model.config.vision.tokens_per_tile
@@ -121,6 +121,7 @@ class Ours(Peer):
             stop_ids=frozenset(),
             pruner=self.pruner,
             track_memory=False,
+            compiled=self.compiled,
         )
         for _ in generation:
             pass
