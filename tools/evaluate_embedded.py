@@ -27,7 +27,12 @@ from llama_vision.image import open_image
 MAX_ANSWER = 64
 KEPT = (0.75, 0.5, 0.25, 0.1)
 ALL = TrimmedLlama(1.0)
-RULES = {"trimmed": ALL, "random": RandomTokens(keep=ALL), "uniform": UniformGrid(keep=ALL)}
+RULES = {
+    "trimmed": ALL,
+    "trimmed, first layer whole": TrimmedLlama(1.0, trim_first_layer=False),
+    "random": RandomTokens(keep=ALL),
+    "uniform": UniformGrid(keep=ALL),
+}
 """Under a visual budget each keeps as many tokens of a picture as Trimmed Llama does."""
 
 
