@@ -1,12 +1,23 @@
 """The small trained model that comes with the code: it loads like any other, and it sees."""
 
+import importlib.util
 import json
+import sys
+from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+
+from embedded.exam import make_exam
+from evaluate_embedded import answer
 
 from llama_vision import LlamaVision
 from llama_vision.cli import EMBEDDED_MODEL, main
 from llama_vision.image import open_image
+
+MEASURED = 0.82
+"""Its exact answers to the first 200 questions of its exam."""
 
 EXAMPLES = json.loads((EMBEDDED_MODEL / "examples" / "questions.json").read_text("utf-8"))
 
@@ -37,6 +48,18 @@ def test_the_command_runs_it_by_default(capsys):
     picture = EMBEDDED_MODEL / "examples" / EXAMPLES[0]["picture"]
     assert main(["--image", str(picture), "--prompt", EXAMPLES[0]["question"]]) == 0
     assert capsys.readouterr().out.strip() == EXAMPLES[0]["answer"]
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("fontpkg") is None,
+    reason="its pictures need the fonts of tools/embedded/requirements.txt",
+)
+def test_it_passes_its_exam(embedded):
+    """The first 200 questions, at most two points under what was measured."""
+    items = make_exam(67)[:200]
+    answers = answer(embedded, items, items, batch=32)
+    right = sum(a == item.question.answer for item, a in zip(items, answers, strict=True))
+    assert right / len(items) >= MEASURED - 0.02
 
 
 def test_it_stays_small():

@@ -162,7 +162,10 @@ class Transformers(Peer):
             pixels = torch.zeros(shape)
             pixels[:, 0, : run.tiles] = run.image.pixels
             real = torch.arange(vision.max_num_tiles, device=self.device) < run.tiles
-            sees = torch.arange(ids.shape[1], device=self.device) >= 1
+            sees = (
+                torch.tensor(run.token_ids, device=self.device) == self.config.text.image_token_id
+            )
+            sees = sees.cumsum(0) > 0
             self.pictures = {
                 "pixel_values": pixels.to(self.device, self.peer.dtype),
                 "aspect_ratio_ids": torch.full((batch, 1), run.image.aspect_id, device=self.device),
@@ -184,14 +187,15 @@ class Transformers(Peer):
         return inner.multi_modal_projector(features)
 
     @torch.inference_mode()
-    def generate(self, new_tokens: int) -> Tensor:
+    def generate(self, new_tokens: int, stop_ids: list[int] | None = None) -> Tensor:
         how = {} if self.mode == "eager" else {"cache_implementation": "static"}
         if self.mode != "compiled":
             how["disable_compile"] = True
         out = self.peer.generate(
             **self.inputs,
             max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
+            min_new_tokens=0 if stop_ids else new_tokens,
+            eos_token_id=stop_ids,
             do_sample=False,
             pad_token_id=0,
             **how,
