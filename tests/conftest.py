@@ -35,6 +35,9 @@ torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for ea
 GOLDEN = Path(__file__).parent / "golden"
 TINY = GOLDEN / "tiny"
 LLAMA_3 = official_config("11b").text
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="needs a C++ compiler"
+)
 CASES = (
     "image_first",
     "bos_image",

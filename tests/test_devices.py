@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TINY, assert_close, case_prompts, golden_json, golden_tensors
+from conftest import TINY, assert_close, case_prompts, golden_json, golden_tensors, needs_compiler
 
 from llama_vision import LlamaVision, TrimmedLlama
 
@@ -29,6 +29,7 @@ def test_a_batch_gives_the_reference_s_tokens(model, case):
         assert completion.token_ids[:steps] == sample["greedy"][:steps]
 
 
+@needs_compiler
 def test_compiled_decoding_answers_alike(model):
     settings = {"max_new_tokens": 12, "temperature": 0, "ignore_stop": True}
     for case in ("image_first", "batch_ragged"):

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from conftest import CASES, Conversation, Keep, assert_close, case_prompts
+from conftest import CASES, Conversation, Keep, assert_close, case_prompts, needs_compiler
 from oracle import random_config, random_images, random_model
 
 from llama_vision import LastQuery, TrimmedLlama, stepping
@@ -89,6 +89,7 @@ def test_a_full_store_is_an_error_here_too(uncompiled, tiny):
             stepper([4], [1])
 
 
+@needs_compiler
 def test_compiled_steps_answer_alike_and_are_compiled_once(tiny):
     """After a first run of a kind, no length, image, or number of kept tokens compiles anew."""
     alone, several = case_prompts("image_first"), case_prompts("batch_ragged")
