@@ -23,10 +23,25 @@ Projection = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Visual features [B, V, D] to one layer's keys and values, two of [B, K, V, d]."""
 
 
-def row_chunks(batch: int, rows: int, most: int | None) -> list[slice]:
-    """The rows of a pass in runs; `most` rows of all samples together, or all if that is None."""
-    most = max(1, rows if most is None else most // batch)
-    return [slice(start, min(start + most, rows)) for start in range(0, rows, most)]
+MASK_ENTRIES = 2**25
+"""Most rows times keys of a causal mask: near 131,072 tokens, chunks are of 256 rows at most."""
+
+
+def row_chunks(batch: int, rows: int, most: int | None, held: int | None = None) -> list[slice]:
+    """The rows of a pass in runs; `most` rows of all samples together, or all if that is None.
+
+    Args:
+        held: rows that the cache holds already, where every chunk needs a mask over those too.
+    """
+    if most is None:
+        return [slice(0, rows)]
+    chunks, start, size = [], 0, max(1, most // batch)
+    while start < rows:
+        if held is not None:
+            size = max(1, min(size, MASK_ENTRIES // (batch * (held + start + size))))
+        chunks.append(slice(start, min(start + size, rows)))
+        start += size
+    return chunks
 
 
 def in_chunks(x: Tensor, chunks: Sequence[slice], run: Callable[[Tensor, slice], Tensor]) -> Tensor:
@@ -69,7 +84,7 @@ class TextPass:
             self.lengths = [0]
             self.positions = torch.arange(rows, device=h.device)[None]  # [1, S]
         most = prefill_chunk if cache is not None else None
-        self.chunks = row_chunks(h.shape[0], rows, most)
+        self.chunks = row_chunks(h.shape[0], rows, most, held=max(self.lengths))
         self._last: TextChunk | None = None
 
     def chunk(self, rows: slice) -> "TextChunk":

@@ -1,4 +1,5 @@
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from conftest import (
 )
 from oracle import masked_attention, random_token_ids, visible_images
 
-from llama_vision.passes import attend_visible
+from llama_vision.passes import attend_visible, row_chunks
 from llama_vision.text import SelfAttentionBlock
 from llama_vision.visual import Visibility, VisualTokens, find_stretches
 
@@ -153,3 +154,31 @@ def test_logits_are_asked_for_row_by_row(tiny):
     logits = tiny.model.text.logits(h)
     assert logits.shape == (2, 3, tiny.config.text.vocab_size)
     assert_close("last row", tiny.model.text.logits(h[:, -1]), logits[:, -1], 1e-5)
+
+
+# Chunks
+
+
+@pytest.mark.parametrize(
+    ("sizes", "ends"),
+    [
+        ((1, 10, None), [10]),
+        ((1, 10, 4), [4, 8, 10]),
+        ((3, 10, 13), [4, 8, 10]),
+        ((3, 4, 2), [1, 2, 3, 4]),
+        ((1, 7, 100), [7]),
+    ],
+)
+def test_rows_go_in_runs_of_all_samples_together(sizes, ends):
+    chunks = row_chunks(*sizes)
+    assert [chunk.stop for chunk in chunks] == ends
+    assert [chunk.start for chunk in chunks] == [0, *ends[:-1]]
+
+
+def test_no_mask_of_a_long_prompt_is_large():
+    chunks = row_chunks(1, 131072, 2048, held=0)
+    assert chunks[0] == slice(0, 2048)
+    assert chunks[-1].stop == 131072
+    assert all(a.stop == b.start for a, b in pairwise(chunks))
+    entries = [(chunk.stop - chunk.start) * chunk.stop for chunk in chunks]
+    assert max(entries) <= 2**25 < 2048 * 131072
