@@ -72,6 +72,7 @@ def main() -> None:
     if options.save:
         name = f"{document['date']}-{document['model']}-{options.dtype}-{device.type}.json"
         path = Path(__file__).parent / "results" / name
+        path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(document))
 
