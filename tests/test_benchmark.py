@@ -29,7 +29,18 @@ def run_benchmark(*arguments):
 
 
 def test_a_dry_run_measures_every_metric():
-    arguments = ("--peers", "--batches", "1", "2", "--tiles", "4", "--keep", "1", "0.5")
+    arguments = (
+        "--peers",
+        "--batches",
+        "1",
+        "2",
+        "--tiles",
+        "4",
+        "--keep",
+        "1",
+        "0.5",
+        "--loading",
+    )
     words, document = run_benchmark(*arguments)
     assert "batch 2, 4 tiles, 50% kept" in words
     assert [(row["batch"], row["keep"]) for row in document["rows"]] == [
@@ -44,6 +55,7 @@ def test_a_dry_run_measures_every_metric():
             assert all(value > 0 for value in row["seconds"]["ours"][metric])
             assert row["limits"][metric] > 0
         assert row["peaks"]["ours"] > 0
+    assert len(document["loading"]["ours"]) == 2
     assert document["versions"]["torch"] == torch.__version__
 
 

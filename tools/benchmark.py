@@ -18,6 +18,7 @@ import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -31,8 +32,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from limits import Limits, decode_bytes, encode_operations, prefill_operations
-from models import named_config, random_model
-from peers import Ours, Peer, Run, Transformers
+from models import named_config, random_model, save_checkpoint
+from peers import Ours, Peer, Run, Transformers, load_with_transformers
 
 from llama_vision.checkpoint import load_model
 from llama_vision.config import DTYPES, Config
@@ -55,6 +56,7 @@ def main() -> None:
         f"{options.dtype}, {describe(device)}; copies {limits.bandwidth / 1e9:.1f} GB/s, "
         f"multiplies {limits.operations / 1e9:,.0f} GFLOP/s\n"
     )
+    loading = compare_loading(model, options) if options.loading else None
     if options.growth:
         rows = growth(model, limits, options)
     else:
@@ -67,6 +69,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "limits": vars(limits),
+        "loading": loading,
         "rows": rows,
     }
     if options.save:
@@ -94,6 +97,7 @@ def parse() -> argparse.Namespace:
     add("--rounds", type=int, default=5)
     add("--compile", action="store_true", help="ours with compiled decoding too")
     add("--peers", nargs="*", default=["eager"], choices=("eager", "static", "compiled"))
+    add("--loading", action="store_true", help="from files to the device, too")
     add("--growth", metavar="PNG", help="decode time against text length and visual tokens")
     add("--save", action="store_true")
     return parser.parse_args()
@@ -142,6 +146,28 @@ def compare_all(
         }
         print(table(row), flush=True)
         yield row
+
+
+def compare_loading(model: LlamaVisionModel, options: argparse.Namespace) -> dict:
+    """Seconds from files, which the system has in its cache by then, to the device."""
+    config, device, dtype = model.config, model.device, model.dtype
+    with tempfile.TemporaryDirectory() as directory:
+        save_checkpoint(model, Path(directory))
+        loaders = {"ours": lambda: load_model(Path(directory), config, device=device, dtype=dtype)}
+        if options.peers:
+            loaders["transformers"] = lambda: load_with_transformers(directory, device, dtype)
+        seconds = {name: [] for name in loaders}
+        for number in range(options.rounds + 1):
+            for name, work in loaders.items():
+                gc.collect()
+                took = timed(work, device)
+                if number:
+                    seconds[name].append(took)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    print("loading  " + "  ".join(f"{name} {value:.2f} s" for name, value in medians.items()))
+    if options.peers:
+        print(f"         to ours {ratio(seconds['transformers'], seconds['ours']):.2f} ×\n")
+    return seconds
 
 
 def alternate(

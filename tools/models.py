@@ -1,10 +1,13 @@
 """Models to measure with: official sizes, a middle one, and checkpoints in directories."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
-from llama_vision.checkpoint import load_config
+from llama_vision.checkpoint import load_config, official_names
 from llama_vision.config import Config, official_config
 from llama_vision.model import LlamaVisionModel, model_without_weights
 
@@ -53,3 +56,13 @@ def random_model(config: Config, dtype: torch.dtype, device: torch.device) -> Ll
         else:
             parameter.fill_(0.5)  # norms, and gates that are open
     return model.eval().requires_grad_(False)
+
+
+def save_checkpoint(model: LlamaVisionModel, directory: Path) -> None:
+    """In the official layout, in one file."""
+    directory.mkdir(parents=True, exist_ok=True)
+    parameters = dict(model.named_parameters())
+    names = official_names(list(parameters))
+    tensors = {theirs: parameters[ours].detach().cpu() for theirs, ours in names.items()}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(model.config.to_dict(), indent=1))

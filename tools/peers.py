@@ -203,6 +203,17 @@ class Transformers(Peer):
         return out[:, self.inputs["input_ids"].shape[1] :]
 
 
+def load_with_transformers(
+    directory: str, device: torch.device, dtype: torch.dtype
+) -> torch.nn.Module:
+    """Its own way from files to a model."""
+    from transformers import MllamaForConditionalGeneration
+
+    return MllamaForConditionalGeneration.from_pretrained(
+        directory, dtype=dtype, device_map=device.type if device.type == "cuda" else None
+    )
+
+
 def fill_buffers(peer: torch.nn.Module, data: object, model: LlamaVisionModel) -> None:
     """Give the tensors that are computed and not loaded, made on the meta device, their values."""
     from transformers.models.mllama.modeling_mllama import MllamaRotaryEmbedding
