@@ -143,9 +143,13 @@ def step(
 
 
 @cache
-def compiled_step() -> Callable[..., Tensor]:
-    """`step`, compiled when it is first called; shapes stay open, so that it serves every run."""
-    return torch.compile(step, dynamic=True)
+def compiled_step(device: str) -> Callable[..., Tensor]:
+    """`step`, compiled when it is first called; shapes stay open, so that it serves every run.
+
+    On a CPU the kernels are called from C++ rather than from Python, a fifth of a small model's
+    time; on CUDA graphs do away with the calls.
+    """
+    return torch.compile(step, dynamic=True, options={"cpp_wrapper": device == "cpu"})
 
 
 class Stepper:
@@ -179,7 +183,7 @@ class Stepper:
         store = self.cache.text
         state = (self.ids, self.positions, self.frequencies, store.keys, store.values, self.sight)
         try:
-            return compiled_step()(self.text, *state, rows)
+            return compiled_step(self.device.type)(self.text, *state, rows)
         except torch._dynamo.exc.TorchDynamoException as error:
             first_line = str(error).strip().splitlines()[0]
             raise SettingError(

@@ -23,7 +23,7 @@ PRUNERS = {
 @pytest.fixture
 def uncompiled(monkeypatch):
     """The same steps, run as they are written: fast enough for many cases."""
-    monkeypatch.setattr(stepping, "compiled_step", lambda: stepping.step)
+    monkeypatch.setattr(stepping, "compiled_step", lambda _: stepping.step)
 
 
 @pytest.mark.parametrize("pruner", PRUNERS.values(), ids=PRUNERS)
@@ -115,7 +115,7 @@ def test_what_cannot_be_compiled_is_one_line(monkeypatch, capsys):
     def fail(*_):
         raise TorchDynamoException("no compiler\nand a long story")
 
-    monkeypatch.setattr(stepping, "compiled_step", lambda: fail)
+    monkeypatch.setattr(stepping, "compiled_step", lambda _: fail)
     picture = str(main.__globals__["EMBEDDED_MODEL"] / "examples" / "sign.png")
     assert main(["--image", picture, "--prompt", "What does it say?", "--compile"]) == 2
     message = capsys.readouterr().err
