@@ -148,7 +148,10 @@ def format_plan(plan: MemoryPlan, workload: Workload, config: Config, free: int 
     rows += [(f"  {part}", size) for part, size in plan.parts.items()]
     rows += [("text cache", plan.text_cache), ("  a token of one prompt", one.text)]
     rows += [("visual cache", plan.visual_cache)]
-    rows += [("  a tile of one image", one.visual), ("  one prompt", plan.visual_cache // batch)]
+    tiles = max((rows * cols for sample in workload.grids for rows, cols in sample), default=0)
+    rows += [("  a tile of one image", one.visual)]
+    rows += [(f"  an image of {tiles}", tiles * one.visual)] if tiles > 1 else []
+    rows += [("  one prompt", plan.visual_cache // batch)]
     rows += [("  without the budget", in_full)] if workload.budget is not None else []
     rows += [("working memory, at most", plan.working)]
     rows += [(f"  {phase}", size) for phase, size in plan.phases.items()]

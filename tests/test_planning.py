@@ -148,6 +148,7 @@ def test_a_plan_shows_exact_bytes_and_reads_no_weights(capsys, monkeypatch):
         "weights 19.87 GiB 21,340,441,670",
         "visual cache 200.1 MiB 209,846,272",
         "a tile of one image 50.0 MiB 52,461,568",
+        "an image of 4 200.1 MiB 209,846,272",
         "a token of one prompt 128.0 KiB 131,072",
     ):
         assert line in " ".join(table.split())
