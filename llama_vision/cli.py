@@ -14,6 +14,7 @@ from llama_vision.chat import Prompt, PromptError, chat_prompt, completion_promp
 from llama_vision.checkpoint import choose_dtype, load_config, parse_device
 from llama_vision.config import LlamaVisionError
 from llama_vision.decoding import Generation
+from llama_vision.fitting import check_before_download
 from llama_vision.generation import LlamaVision, check_max_new_tokens
 from llama_vision.image import open_image
 from llama_vision.memory import PREFILL_CHUNK
@@ -204,6 +205,8 @@ def run(options: argparse.Namespace) -> int:
     if options.prompt is None:
         raise PromptError("there is no --prompt; expected a question or a text to go on from")
     start = time.perf_counter()
+    if not options.force:
+        check_before_download(options.model, options.dtype, options.device)
     model = LlamaVision.without_weights(options.model, device=options.device, dtype=options.dtype)
     if model.tokenizer is not None and isinstance(model.tokenizer.vocabulary, PlainBytes):
         note = "the checkpoint has no tokenizer; text is read and written as plain bytes"

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from llama_vision.cache import Cache
-from llama_vision.checkpoint import choose_device
-from llama_vision.config import Config, LlamaVisionError, SettingError
+from llama_vision.checkpoint import choose_device, choose_dtype, load_config
+from llama_vision.config import OFFICIAL_SIZES, Config, LlamaVisionError, SettingError
 from llama_vision.memory import Workload, plan_run, visual_counts, weight_parts
 
 
@@ -115,6 +115,17 @@ def check_weights_fit(config: Config, dtype: torch.dtype, device: torch.device) 
         + (f"try {' or '.join(ways)}" if ways else "a smaller model or a larger device is needed")
         + ", or go on all the same with --force (force=True)"
     )
+
+
+def check_before_download(source: str | Path, dtype: str | torch.dtype, device: str) -> None:
+    """Refuse a repository's weights before they are fetched; only its config.json is.
+
+    Raises:
+        MemoryLimitError: the weights alone exceed what is free.
+    """
+    if not Path(source).expanduser().is_dir() and str(source) not in OFFICIAL_SIZES:
+        config = load_config(source)
+        check_weights_fit(config, choose_dtype(dtype, config.dtype), choose_device(device))
 
 
 def check_run_fits(

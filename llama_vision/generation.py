@@ -14,7 +14,7 @@ from llama_vision.chat import Prompt, PromptError, chat_prompt
 from llama_vision.checkpoint import choose_device, choose_dtype, find_checkpoint, load_model
 from llama_vision.config import Config, SettingError
 from llama_vision.decoding import Completion, Generation
-from llama_vision.fitting import check_run_fits, check_weights_fit
+from llama_vision.fitting import check_before_download, check_run_fits, check_weights_fit
 from llama_vision.image import TiledImage, choose_grid, tile_image
 from llama_vision.memory import (
     PREFILL_CHUNK,
@@ -73,6 +73,8 @@ class LlamaVision:
             LlamaVisionError: of the kind that fits: where it is not found, not complete, not
                 consistent, or the device is not there or too small.
         """
+        if not force:
+            check_before_download(source, dtype, device)
         checkpoint = cls.without_weights(source, device=device, dtype=dtype)
         checkpoint.load_weights(force=force)
         return checkpoint

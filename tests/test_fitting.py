@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TINY, case_prompts
+from stub_hub import REPO
 
 from llama_vision import LlamaVision, TrimmedLlama, fitting
 from llama_vision.config import SettingError
@@ -39,6 +40,15 @@ def test_weights_that_do_not_fit_are_not_read(room, monkeypatch):
         "the weights take 3.6 MiB in float32 and 3.0 MiB are free on cpu, 573.3 KiB too few; try "
         "--dtype bfloat16 (half the size), or go on all the same with --force (force=True)"
     )
+
+
+def test_weights_that_do_not_fit_are_not_fetched(room, hub):
+    room(3 * 2**20)
+    with pytest.raises(MemoryLimitError, match="the weights take"):
+        LlamaVision.from_pretrained(REPO, device="cpu")
+    assert {name.rpartition("/")[2] for name in hub.fetched} == {"config.json"}
+    assert LlamaVision.from_pretrained(REPO, device="cpu", dtype="bfloat16")
+    assert "model.safetensors.index.json" in {name.rpartition("/")[2] for name in hub.fetched}
 
 
 def test_the_type_that_the_error_names_is_accepted(room):
