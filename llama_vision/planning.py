@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from llama_vision.cache import Cache
-from llama_vision.checkpoint import choose_dtype, load_config
+from llama_vision.checkpoint import choose_dtype, load_config, parse_device
 from llama_vision.config import Config, SettingError
 from llama_vision.fitting import human_bytes, largest, with_budget
 from llama_vision.memory import (
@@ -42,7 +42,7 @@ def plan_memory(
     visual_budget: float | int | None = None,
     prompt_tokens: int | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
-    device: torch.device | str = "cuda",
+    device: torch.device | str = "auto",
 ) -> MemoryPlan:
     """What a run would take, from the configuration alone: no weight is read or fetched.
 
@@ -56,7 +56,8 @@ def plan_memory(
         visual_budget: most visual tokens of each prompt to keep: a fraction of them or a count.
         prompt_tokens: of each prompt, its images among them; None for max_seq_len - 1, the most.
         prefill_chunk: most rows, of all samples, that go through a block at once.
-        device: its kind decides what counts: on "cpu" pictures and token ids too.
+        device: its kind decides what counts: on "cpu" pictures and token ids too. It need not be
+            there; "auto" for the one that a run would take.
 
     Raises:
         LlamaVisionError: a number is out of range.
@@ -72,7 +73,9 @@ def plan_memory(
         visual_budget=visual_budget,
         prefill_chunk=prefill_chunk,
     )
-    return plan_run(config, workload, dtype=choose_dtype(dtype, config.dtype), device=device)
+    return plan_run(
+        config, workload, dtype=choose_dtype(dtype, config.dtype), device=parse_device(str(device))
+    )
 
 
 def workload_alike(
