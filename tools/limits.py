@@ -1,9 +1,12 @@
 """What a machine can do at best, and what a run asks of it."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from llama_vision.cache import Cache
 from llama_vision.config import Config
@@ -30,7 +33,7 @@ class Limits:
         return cls(2 * source.nbytes / copied, 2 * side**3 / best(lambda: a @ b, device))
 
 
-def best(work, device: torch.device, rounds: int = 10) -> float:
+def best(work: Callable[[], object], device: torch.device, rounds: int = 10) -> float:
     """The shortest of some rounds, in seconds."""
     times = []
     for _ in range(rounds):
@@ -42,6 +45,15 @@ def best(work, device: torch.device, rounds: int = 10) -> float:
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+def peak_of(run: Callable[[], object]) -> int:
+    """Most bytes allocated on the CPU at any time of a run, as torch's profiler sees it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(accumulate((size for _, size in changes), initial=0))
 
 
 def decode_bytes(

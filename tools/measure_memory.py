@@ -12,16 +12,15 @@ import argparse
 import json
 import sys
 from collections import deque
-from collections.abc import Callable
 from functools import partial
-from itertools import accumulate, product
+from itertools import product
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from limits import peak_of
 from models import named_config, random_model
 
 from llama_vision import LlamaVision, Prompt
@@ -136,15 +135,6 @@ def compare(generation: Generation, config: Config) -> dict[str, int]:
     else:
         measured = plan.weights + caches + pixels + peak_of(run)
     return {"planned": plan.total, "measured": measured, "weights": plan.weights, "caches": caches}
-
-
-def peak_of(run: Callable[[], None]) -> int:
-    """Most bytes allocated on the CPU at any time of a run, as torch's profiler sees it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    events = profiler.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    return max(accumulate((size for _, size in changes), initial=0))
 
 
 if __name__ == "__main__":

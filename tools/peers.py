@@ -3,11 +3,10 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
+from limits import peak_of
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from llama_vision.chat import Prompt
 from llama_vision.checkpoint import official_names
@@ -76,11 +75,7 @@ class Peer(ABC):
             held = torch.cuda.memory_allocated(self.device)
             self.generate(4)
             return torch.cuda.max_memory_allocated(self.device) - held
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            self.generate(4)
-        events = profiler.profiler.kineto_results.events()
-        changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-        return max(accumulate((size for _, size in changes), initial=0))
+        return peak_of(lambda: self.generate(4))
 
 
 class Ours(Peer):
