@@ -149,8 +149,6 @@ def check_run_fits(
         plan = plan_run(config, load, dtype=dtype, device=device)
         return plan.total - (plan.weights if loaded else 0)
 
-    if need(workload) <= free:
-        return
     plan = plan_run(config, workload, dtype=dtype, device=device)
     sizes = {
         "weights": 0 if loaded else plan.weights,
@@ -158,12 +156,15 @@ def check_run_fits(
         "visual cache": plan.visual_cache,
         "working memory": plan.working,
     }
+    total = sum(sizes.values())
+    if total <= free:
+        return
     ways = list(ways_to_shrink(config, workload, need, free))
     raise MemoryLimitError(
-        f"the run takes {human_bytes(sum(sizes.values()))} ("
+        f"the run takes {human_bytes(total)} ("
         + ", ".join(f"{name} {human_bytes(size)}" for name, size in sizes.items() if size)
         + f") and {human_bytes(free)} are free on {device}, "
-        f"{human_bytes(sum(sizes.values()) - free)} too few; "
+        f"{human_bytes(total - free)} too few; "
         + (f"try {' or '.join(ways)}" if ways else "no setting of this run makes it fit")
         + ", or go on all the same with --force (force=True)"
     )

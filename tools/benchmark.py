@@ -19,8 +19,7 @@ import platform
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -31,7 +30,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from limits import Limits, decode_bytes, encode_operations, prefill_operations
+from limits import Limits, decode_bytes, encode_operations, prefill_operations, timed
 from models import named_config, random_model, save_checkpoint
 from peers import Ours, Peer, Run, Transformers, load_with_transformers
 
@@ -185,16 +184,6 @@ def alternate(
                     seconds[name][metric].append(value)
     print("\r" + " " * 60 + "\r", end="", file=sys.stderr)
     return seconds
-
-
-def timed(work: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def ratio(theirs: list[float], ours: list[float]) -> float:

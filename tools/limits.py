@@ -35,16 +35,18 @@ class Limits:
 
 def best(work: Callable[[], object], device: torch.device, rounds: int = 10) -> float:
     """The shortest of some rounds, in seconds."""
-    times = []
-    for _ in range(rounds):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return min(timed(work, device) for _ in range(rounds))
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one run, waiting for the device at both ends."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
 def peak_of(run: Callable[[], object]) -> int:
