@@ -378,6 +378,7 @@ def load_model(
         for name in in_file_order:
             _fill(model, names[name], _read(entries[name], buffer, device, dtype))
             bar.update()
+    model.vision.compare_absent_tiles()
     return model.eval()
 
 

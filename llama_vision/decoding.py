@@ -26,7 +26,7 @@ class VisualCounts(NamedTuple):
     """Visual tokens of one sample."""
 
     encoded: int
-    """What the vision encoder computed: always `max_num_tiles` tiles an image."""
+    """Those that the encoder attends to: of `max_num_tiles` tiles an image, absent or not."""
     valid: int
     """Those of real tiles."""
     kept: int

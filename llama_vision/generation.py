@@ -275,6 +275,7 @@ class LlamaVision:
             pruned=pruner is not None,
             budget=None if budget is None else tuple(budget),
             trim_first_layer=getattr(pruner, "trim_first_layer", True),
+            absent_tiles_alike=self.model.vision.absent_tiles_alike,
         )
 
     def check_fits(self, workload: Workload) -> None:

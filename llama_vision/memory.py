@@ -59,6 +59,8 @@ class Workload:
     budget: tuple[int, ...] | None = None
     """Most visual tokens of each sample to keep."""
     trim_first_layer: bool = True
+    absent_tiles_alike: bool = False
+    """Whether one absent tile stands for all of an image; not known before the weights are."""
 
     def cache_sizes(self, config: Config) -> dict[str, Any]:
         """The arguments of `Cache` and `Cache.plan` but for dtype and device.
@@ -255,6 +257,7 @@ def working_memory(
     """
     tracker = Tracker("meta", "cpu") if device == "cpu" else Tracker("meta")
     model = model_without_weights(config).to(dtype)
+    model.vision.absent_tiles_alike = workload.absent_tiles_alike
     cache = Cache(config.text, dtype=dtype, device="meta", **workload.cache_sizes(config))
     tracker.add(*model.parameters())
     for store in (cache.text, cache.visual):

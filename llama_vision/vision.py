@@ -8,6 +8,9 @@ pixels of the real tiles                    [N, t, 3, h, w]
 features of the real tiles                  [N, t, P, E · (1 + taps)]
 """
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,8 +25,24 @@ Source: llama_models/llama3/multimodal/encoder_utils.py, expand_num_tokens_to_mu
 """
 
 
+class Layout(NamedTuple):
+    """Where the tokens of an image are: real ones first, then padding, absent tiles at the end."""
+
+    real: int
+    """Tokens of real tiles."""
+    absent: int
+    """Tokens of the last absent tile, padding included."""
+    copies: int
+    """How many absent tiles more there are that are just like it, and so are left out."""
+
+
 class VisionEncoder(nn.Module):
-    """Images as tiles in, features of every token of every real tile out."""
+    """Images as tiles in, features of every token of every real tile out.
+
+    Real tokens attend to absent tiles too, so those go through all blocks. As published, nothing
+    tells an image's absent tiles from each other, so one can stand for them all: half of the work
+    of a one-tile image.
+    """
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -38,6 +57,30 @@ class VisionEncoder(nn.Module):
         self.layernorm_post = nn.LayerNorm(width, config.norm_eps)
         self.transformer = Blocks(config, config.num_hidden_layers, gated=False)
         self.global_transformer = Blocks(config, config.num_global_layers, gated=True)
+        self.absent_tiles_alike = False
+        """Whether the weights make an image's absent tiles all the same; `compare_absent_tiles`."""
+
+    def absent_entries(self) -> Iterator[Tensor]:
+        """What each table holds for the absent tiles of each grid: views [T - t, width]."""
+        tables = (
+            self.pre_tile_positional_embedding.embedding,
+            self.gated_positional_embedding.tile_embedding,
+            self.post_tile_positional_embedding.embedding,
+        )
+        for table in tables:
+            slots = table.weight.detach().unflatten(-1, (self.config.max_num_tiles, -1))
+            for rows, cols in self.config.grids:
+                yield slots[self.config.aspect_id((rows, cols)), rows * cols :]
+
+    def compare_absent_tiles(self) -> None:
+        """Once the weights are here, see whether they give all absent tiles of an image the same.
+
+        Source: llama_models/llama3/multimodal/model.py, TilePositionEmbedding.forward and
+        apply_positional_embedding: they give them nothing, zeros in the official files.
+        """
+        self.absent_tiles_alike = all(
+            bool((entry == entry[:1]).all()) for entry in self.absent_entries()
+        )
 
     def forward(self, pixels: Tensor, aspect_ids: Tensor) -> Tensor:
         """Encode N images of the same number t of real tiles.
@@ -55,25 +98,27 @@ class VisionEncoder(nn.Module):
         images, tiles = pixels.shape[:2]
         x = self.patch_embedding(pixels.flatten(0, 1)).flatten(2).transpose(1, 2)
         x = x.unflatten(0, (images, tiles))  # [N, t, P - 1, E]
+        absent = self.config.max_num_tiles - tiles
+        copies = max(0, absent - 1) if self.absent_tiles_alike else 0
         # Absent tiles have zero pixels; there is no bias, so their patches are zero too.
-        x = F.pad(x, (0, 0, 0, 0, 0, self.config.max_num_tiles - tiles))  # [N, T, P - 1, E]
+        x = F.pad(x, (0, 0, 0, 0, 0, absent - copies))  # [N, T', P - 1, E]
         x = self.pre_tile_positional_embedding(x, aspect_ids)
         class_tokens = self.class_embedding.expand(*x.shape[:2], 1, -1)
-        x = torch.cat([class_tokens, x], dim=2)  # [N, T, P, E]
+        x = torch.cat([class_tokens, x], dim=2)  # [N, T', P, E]
         x = self.layernorm_pre(self.gated_positional_embedding(x, aspect_ids))
 
         tokens = x.shape[2]
         x = F.pad(x, (0, 0, 0, -tokens % TOKENS_MULTIPLE))
         order = real_tokens_first(tiles, tokens, x.shape[1], x.shape[2], x.device)
         tile_of_token = order // x.shape[2]
-        real = tiles * tokens
+        layout = Layout(tiles * tokens, x.shape[2], copies)
         x = x.flatten(1, 2)[:, order]  # [N, real tokens and then padding, E]
 
-        x, taps = self.transformer(x, real, self.config.intermediate_layers_indices)
+        x, taps = self.transformer(x, layout, self.config.intermediate_layers_indices)
         x = self.layernorm_post(x)
         x = self.post_tile_positional_embedding(x, aspect_ids, tile_of_token)
-        x, _ = self.global_transformer(x, real)
-        features = torch.cat([x[:, :real], *taps], dim=-1)
+        x, _ = self.global_transformer(x, layout)
+        features = torch.cat([x[:, : layout.real], *taps], dim=-1)
         return features.unflatten(1, (tiles, tokens))
 
 
@@ -96,9 +141,12 @@ class TileEmbedding(nn.Module):
         self.gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, aspect_ids: Tensor, tile_of_token: Tensor | None = None) -> Tensor:
-        """Add to each token its tile's vector: x [N, T, tokens, E], or [N, n, E] with tiles [n]."""
+        """Add its tile's vector to each token: x [N, T', tokens, E], or [N, n, E] with tiles [n]."""
         tiles = self.embedding(aspect_ids).unflatten(-1, (self.slots, -1))  # [N, T, E]
-        tiles = tiles[:, :, None] if tile_of_token is None else tiles[:, tile_of_token]
+        if tile_of_token is None:
+            tiles = tiles[:, : x.shape[1], None]
+        else:
+            tiles = tiles[:, tile_of_token]
         return x + tiles * self.gate.tanh()
 
 
@@ -115,10 +163,10 @@ class PositionEmbedding(nn.Module):
         self.gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, aspect_ids: Tensor) -> Tensor:
-        """[N, T, P, E] -> [N, T, P, E]."""
+        """[N, T', P, E] -> [N, T', P, E]; of the first T' tiles."""
         gate = self.gate.tanh()
         in_image = self.tile_embedding(aspect_ids).unflatten(-1, (self.slots, self.tokens, -1))
-        return x + self.embedding * (1 - gate) + in_image * gate
+        return x + self.embedding * (1 - gate) + in_image[:, : x.shape[1]] * gate
 
 
 class Blocks(nn.Module):
@@ -129,7 +177,7 @@ class Blocks(nn.Module):
         self.layers = nn.ModuleList(VisionBlock(config, gated) for _ in range(count))
 
     def forward(
-        self, x: Tensor, real: int, taps: tuple[int, ...] = ()
+        self, x: Tensor, layout: Layout, taps: tuple[int, ...] = ()
     ) -> tuple[Tensor, list[Tensor]]:
         """[N, n, E] -> the same, and the taps: none, or one [N, real, E · taps].
 
@@ -138,8 +186,8 @@ class Blocks(nn.Module):
         tapped = []
         for index, block in enumerate(self.layers):
             if index in taps:
-                tapped.append(x[:, :real].clone())
-            x = block(x, real)
+                tapped.append(x[:, : layout.real].clone())
+            x = block(x, layout)
         return x, [torch.stack(tapped, dim=-1).flatten(2)] if tapped else []
 
 
@@ -156,9 +204,9 @@ class VisionBlock(nn.Module):
         self.gate_attn = nn.Parameter(torch.zeros(1)) if gated else None
         self.gate_ffn = nn.Parameter(torch.zeros(1)) if gated else None
 
-    def forward(self, x: Tensor, real: int) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """[N, n, E] -> [N, n, E]."""
-        x = x + gated(self.self_attn(self.input_layernorm(x), real), self.gate_attn)
+        x = x + gated(self.self_attn(self.input_layernorm(x), layout), self.gate_attn)
         return x + gated(self.mlp(self.post_attention_layernorm(x)), self.gate_ffn)
 
 
@@ -178,17 +226,21 @@ class VisionAttention(nn.Module):
         self.v_proj = nn.Linear(width, width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, real: int) -> Tensor:
-        """[N, n, E] -> [N, n, E]; the first `real` tokens are real, the others padding.
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """[N, n, E] -> [N, n, E].
 
         The reference masks the pairs (padding, padding) and no others: real tokens do attend to
-        padding. With the real tokens in front, that is two attentions without any mask.
+        padding. With the real tokens in front, that is two attentions without any mask. An absent
+        tile that stands for others is there for real tokens as often as they were.
 
         Source: llama_models/llama3/multimodal/encoder_utils.py, build_encoder_attention_mask.
         """
         q, k, v = (split_heads(p(x), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
-        from_real = attend(q[:, :, :real], k, v)
+        real, absent, copies = layout
         from_padding = attend(q[:, :, real:], k[:, :, :real], v[:, :, :real])
+        if copies:
+            k, v = (torch.cat([t, *[t[:, :, -absent:]] * copies], dim=2) for t in (k, v))
+        from_real = attend(q[:, :, :real], k, v)
         return self.o_proj(merge_heads(torch.cat([from_real, from_padding], dim=2)))
 
 

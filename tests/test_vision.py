@@ -1,4 +1,6 @@
+import copy
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -7,7 +9,7 @@ from oracle import full_attention
 
 from llama_vision.config import Config
 from llama_vision.layers import merge_heads, split_heads
-from llama_vision.vision import VisionEncoder, real_tokens_first
+from llama_vision.vision import Layout, VisionEncoder, real_tokens_first
 
 TOLERANCE = 1e-4
 VISION = Config.from_directory(TINY).vision
@@ -25,6 +27,7 @@ REAL = TILES * VISION.tokens_per_tile
 ORDER = real_tokens_first(
     TILES, VISION.tokens_per_tile, VISION.max_num_tiles, SLOTS, torch.device("cpu")
 )
+LAYOUT = Layout(REAL, SLOTS, copies=0)
 ASPECT_ID = torch.tensor([VISION.aspect_id(GRID)])
 
 
@@ -60,7 +63,7 @@ def test_blocks(vision, name, stack):
     """The reference lays tokens out tile by tile; ours has the real ones in front."""
     index = golden_json("manifest")["module_layers"][name]
     block = vision.get_submodule(f"{stack}.layers.{index}")
-    out = block(golden(f"{name}.in")[:, ORDER], REAL)
+    out = block(golden(f"{name}.in")[:, ORDER], LAYOUT)
     assert_close(name, out, golden(f"{name}.out")[:, ORDER], TOLERANCE)
 
 
@@ -103,7 +106,7 @@ def test_attention_without_a_mask_equals_attention_under_the_reference_s_mask(vi
     allowed = ~golden("vision.pair_blocked")
     masked = [full_attention(*sample, allowed) for sample in zip(q, k, v, strict=True)]
     expected = attention.o_proj(merge_heads(torch.stack(masked)))[:, ORDER]
-    assert_close("attention", attention(x[:, ORDER], REAL), expected, 1e-5)
+    assert_close("attention", attention(x[:, ORDER], LAYOUT), expected, 1e-5)
 
 
 @pytest.mark.parametrize(("tiles", "tokens"), [(1, 5), (3, 5), (4, 5), (4, 8), (1, 1)])
@@ -143,6 +146,42 @@ def test_images_of_one_size_are_encoded_as_each_alone(vision):
     for i in range(3):
         alone = vision(pixels[i : i + 1], ids[i : i + 1])
         assert_close(f"image {i}", together[i : i + 1], alone, 1e-5)
+
+
+@pytest.mark.parametrize("grid", VISION.grids)
+def test_one_absent_tile_stands_for_all_of_them(vision, grid, monkeypatch):
+    """The golden features are made so; here against the encoder that computes every one."""
+    torch.manual_seed(0)
+    pixels = torch.randn(2, math.prod(grid), 3, VISION.image_size, VISION.image_size)
+    ids = torch.tensor([VISION.aspect_id(grid)] * 2)
+    assert vision.absent_tiles_alike
+    rows = []
+    vision.transformer.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[1]))
+    stand_in = vision(pixels, ids)
+    monkeypatch.setattr(vision, "absent_tiles_alike", False)
+    assert_close("features", stand_in, vision(pixels, ids), 1e-5)
+    assert rows == [min(math.prod(grid) + 1, 4) * SLOTS, 4 * SLOTS]
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        "pre_tile_positional_embedding.embedding",
+        "gated_positional_embedding.tile_embedding",
+        "post_tile_positional_embedding.embedding",
+    ],
+)
+def test_absent_tiles_that_differ_are_all_computed(vision, table):
+    """Somebody may have trained the tables' unused entries."""
+    encoder = copy.deepcopy(vision)
+    weight = encoder.get_submodule(table).weight
+    pixels, id = torch.randn(1, 1, 3, 56, 56), VISION.aspect_id((1, 1))
+    slot = weight[id].unflatten(0, (4, -1))[2]  # the second of three absent tiles
+    slot.copy_(torch.randn_like(slot))
+    encoder.compare_absent_tiles()
+    assert not encoder.absent_tiles_alike
+    differs = encoder(pixels, torch.tensor([id])) - vision(pixels, torch.tensor([id]))
+    assert differs.abs().max() > 1e-3
 
 
 def test_taps_are_inputs_of_their_blocks():

@@ -55,6 +55,9 @@ def random_model(config: Config, dtype: torch.dtype, device: torch.device) -> Ll
             parameter.normal_(std=0.02)
         else:
             parameter.fill_(0.5)  # norms, and gates that are open
+    for entry in model.vision.absent_entries():
+        entry.zero_()  # as published
+    model.vision.compare_absent_tiles()
     return model.eval().requires_grad_(False)
 
 
