@@ -16,7 +16,7 @@ from llama_vision import LlamaVision
 from llama_vision.cli import EMBEDDED_MODEL, main
 from llama_vision.image import open_image
 
-MEASURED = 0.9
+MEASURED = 0.905
 """Its exact answers to the first 200 questions of its exam."""
 
 EXAMPLES = json.loads((EMBEDDED_MODEL / "examples" / "questions.json").read_text("utf-8"))

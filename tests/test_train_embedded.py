@@ -325,6 +325,7 @@ def test_the_whole_recipe_ends_in_a_checkpoint_that_answers(tmp_path):
         student.model.named_parameters(), model.model.parameters(), strict=True
     ):
         assert torch.equal(ours.bfloat16(), theirs), name
+    assert model.model.vision.absent_tiles_alike
     model = LlamaVision.from_pretrained(tmp_path / "checkpoint", device="cpu", dtype="float32")
     items = make_exam(4, 2, minimal=True)
     assert items == make_exam(4, 2, minimal=True)
