@@ -2,7 +2,7 @@
 
     pip install -c constraints.txt -e ".[bench]"
     python tools/benchmark.py weights/pico
-    python tools/benchmark.py 340m --dtype bfloat16 --batches 1 16 --keep 0.5
+    python tools/benchmark.py 340m --batches 16 --tiles 4 --keep 0.5  # trimmed to a half, too
     python tools/benchmark.py 11b --device cuda --dtype bfloat16 --batches 1 8 32
     python tools/benchmark.py weights/pico --growth curve.png   # decode against text and images
 
@@ -90,7 +90,7 @@ def parse() -> argparse.Namespace:
     add("--threads", type=int, default=2 if os.cpu_count() == 2 else 0, help="of a CPU; 0: torch's")
     add("--batches", type=int, nargs="+", default=[1])
     add("--tiles", type=int, nargs="+", default=[1, 4], choices=(1, 2, 3, 4))
-    add("--keep", type=float, nargs="+", default=[1.0], help="1 for all, else trimmed to this part")
+    add("--keep", type=float, nargs="+", default=[], help="ours trimmed to this part, too")
     add("--prompt-tokens", type=int, default=40)
     add("--new-tokens", type=int, default=32)
     add("--rounds", type=int, default=5)
@@ -125,22 +125,25 @@ def versions() -> dict[str, str]:
 def compare_all(
     model: LlamaVisionModel, limits: Limits, options: argparse.Namespace
 ) -> Iterator[dict]:
-    """One row for each batch, number of tiles, kept part and peer."""
-    peers = {mode: Transformers(model, mode) for mode in options.peers}
-    for batch, tiles, keep in product(options.batches, options.tiles, options.keep):
+    """One row for each batch and number of tiles, of all contestants."""
+    theirs = [Transformers(model, mode) for mode in options.peers]
+    for batch, tiles in product(options.batches, options.tiles):
         run = Run.random(model.config, batch, tiles, options.prompt_tokens, options.new_tokens)
-        contestants: dict[str, Peer] = {"ours": Ours(model, run, keep)}
-        if options.compile:
-            contestants["ours, compiled"] = Ours(model, run, keep, compiled=True)
-        contestants |= {f"transformers, {mode}": peer.on(run) for mode, peer in peers.items()}
-        seconds = alternate(contestants, options.rounds, model.device)
-        peaks = {name: peer.peak_bytes() for name, peer in contestants.items()}
-        row = {"batch": batch, "tiles": tiles, "keep": keep, "seconds": seconds, "peaks": peaks}
-        row["limits"] = shortest(model.config, limits, run, keep, model.dtype)
+        ours = [
+            Ours(model, run, keep, compiled)
+            for keep in (1, *options.keep)
+            for compiled in (False, True)[: 1 + options.compile]
+        ]
+        peers = {peer.name: peer for peer in (*ours, *(peer.on(run) for peer in theirs))}
+        seconds = alternate(peers, options.rounds, model.device)
+        peaks = {name: peer.peak_bytes() for name, peer in peers.items()}
+        row = {"batch": batch, "tiles": tiles, "seconds": seconds, "peaks": peaks}
+        row["caches"] = {peer.name: peer.cache_bytes() for peer in ours}
+        row["limits"] = {peer.name: shortest(model, limits, run, peer.keep) for peer in ours}
         row["ratios"] = {
             name: {m: ratio(seconds[name][m], seconds["ours"][m]) for m in METRICS}
             | {"peak memory": peaks["ours"] / peaks[name]}
-            for name in contestants
+            for name in peers
             if name != "ours"
         }
         print(table(row), flush=True)
@@ -170,12 +173,12 @@ def compare_loading(model: LlamaVisionModel, options: argparse.Namespace) -> dic
 
 
 def alternate(
-    contestants: dict[str, "Peer"], rounds: int, device: torch.device
+    peers: dict[str, Peer], rounds: int, device: torch.device
 ) -> dict[str, dict[str, list[float]]]:
-    """Every contestant once a round, in turn; the first round warms up and is not counted."""
-    seconds = {name: {metric: [] for metric in METRICS} for name in contestants}
+    """Everyone once a round, in turn; the first round warms up and is not counted."""
+    seconds = {name: {metric: [] for metric in METRICS} for name in peers}
     for number in range(rounds + 1):
-        for name, peer in contestants.items():
+        for name, peer in peers.items():
             print(f"\rround {number} of {rounds}: {name}" + " " * 20, end="", file=sys.stderr)
             gc.collect()
             took = peer.measure(lambda work: timed(work, device))
@@ -190,64 +193,67 @@ def ratio(theirs: list[float], ours: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
 
 
-def shortest(
-    config: Config, limits: Limits, run: Run, keep: float, dtype: torch.dtype
-) -> dict[str, float]:
+def shortest(model: LlamaVisionModel, limits: Limits, run: Run, keep: float) -> dict[str, float]:
     """Seconds that the machine needs at least: operations to do, or bytes to read."""
+    config, alike = model.config, model.vision.absent_tiles_alike
     visual = int(keep * run.tiles * config.vision.tokens_per_tile)
-    encode = encode_operations(config, run.tiles) * run.batch / limits.operations
+    encode = encode_operations(config, run.tiles, alike) * run.batch / limits.operations
     prefill = prefill_operations(config, run.prompt_tokens, run.tiles) * run.batch
     length = run.prompt_tokens + run.new_tokens // 2
-    read = decode_bytes(config, run.batch, length, visual, dtype)
+    read = decode_bytes(config, run.batch, length, visual, model.dtype)
     times = (encode, encode + prefill / limits.operations, read / limits.bandwidth)
     return dict(zip(METRICS, times, strict=True))
 
 
 def table(row: dict) -> str:
-    kept = "" if row["keep"] == 1 else f", {row['keep']:.0%} kept"
     lines = [
-        f"batch {row['batch']}, {row['tiles']} tiles{kept}",
-        f"{'':<24}{'encoding':>14}{'first token':>14}{'decode step':>14}"
-        f"{'tokens/s':>10}{'peak':>12}",
+        f"batch {row['batch']}, {row['tiles']} tiles",
+        f"{'':<26}{'encoding':>14}{'first token':>14}{'decode step':>14}"
+        f"{'tokens/s':>10}{'peak':>12}{'cache':>12}",
     ]
     for name, seconds in row["seconds"].items():
         medians = [statistics.median(seconds[metric]) for metric in METRICS]
         speed, peak = row["batch"] / medians[2], row["peaks"][name] / 2**20
         words = "".join(f"{1000 * value:>11.1f} ms" for value in medians)
-        lines.append(f"  {name:<22}{words}{speed:>10.1f}{peak:>8.0f} MiB")
+        lines.append(f"  {name:<24}{words}{speed:>10.1f}{peak:>8.0f} MiB")
+        if name in row["caches"]:
+            lines[-1] += f"{row['caches'][name]['taken'] / 2**20:>8.1f} MiB"
+            shortest = row["limits"][name].values()
+            parts = (limit / value for limit, value in zip(shortest, medians, strict=True))
+            words = "".join(f"{part:>13.0%} " for part in parts)
+            lines.append(f"  {'  of the limit':<24}{words}")
         if name != "ours":
             ratios = row["ratios"][name]
             words = "".join(f"{ratios[metric]:>12.2f} ×" for metric in METRICS)
-            lines.append(f"  {'  to ours':<22}{words}{'':>10}{1 / ratios['peak memory']:>10.2f} ×")
-    ours = [statistics.median(row["seconds"]["ours"][metric]) for metric in METRICS]
-    parts = (row["limits"][m] / value for m, value in zip(METRICS, ours, strict=True))
-    lines.append(f"  {'ours, of the limit':<22}" + "".join(f"{part:>13.0%} " for part in parts))
+            lines.append(f"  {'  to ours':<24}{words}{'':>10}{1 / ratios['peak memory']:>10.2f} ×")
     return "\n".join(lines) + "\n"
 
 
 def growth(model: LlamaVisionModel, limits: Limits, options: argparse.Namespace) -> list[dict]:
     """Decode time against the text's length and against visual tokens, beside the bytes read."""
-    config, rows = model.config, []
-    most = min(8192, config.text.max_position_embeddings)
-    lengths = [n for n in (256, 512, 1024, 2048, 4096, 8192) if n <= most]
-    cases = [("text", length, 0) for length in lengths]
-    cases += [("images", 256, tiles) for tiles in (0, 1, 2, 3, 4)]
-    print(f"{'':<8}{'text':>8}{'visual':>8}{'step':>12}{'bytes read':>16}{'of the limit':>14}")
-    for kind, length, tiles in cases:
-        run = Run.random(config, options.batches[0], tiles, length, options.new_tokens)
-        ours = Ours(model, run, 1.0)
-        took = [
-            ours.measure(lambda work: timed(work, model.device))[2] for _ in range(options.rounds)
-        ]
-        step = statistics.median(took)
-        visual = tiles * config.vision.tokens_per_tile
-        read = decode_bytes(config, run.batch, length + run.new_tokens // 2, visual, model.dtype)
+    config, batch = model.config, options.batches[0]
+    room = config.text.max_position_embeddings - options.new_tokens
+    per_tile = config.vision.tokens_per_tile
+    cases = [("text", n, 0) for n in (256, 512, 1024, 2048, 4096, 8192) if n <= room]
+    cases += [("images", 256, round(n / per_tile)) for n in (0, 400, 801, 1601, 3202, 4803, 6404)]
+    runs = [
+        Run.random(config, batch, tiles, length, options.new_tokens) for _, length, tiles in cases
+    ]
+    seconds = [[] for _ in cases]
+    for number in range(options.rounds + 1):
+        for case, run in enumerate(runs):
+            print(f"\rround {number} of {options.rounds}: {cases[case]}  ", end="", file=sys.stderr)
+            step = Ours(model, run, compiled=options.compile).decode_step()
+            if number:
+                seconds[case].append(step)
+    rows = []
+    print(f"\n{'':<8}{'text':>8}{'visual':>8}{'step':>12}{'bytes read':>16}{'of the limit':>14}")
+    for (kind, length, tiles), took in zip(cases, seconds, strict=True):
+        step, visual = statistics.median(took), tiles * per_tile
+        read = decode_bytes(config, batch, length + options.new_tokens // 2, visual, model.dtype)
         part = read / limits.bandwidth / step
         rows.append({"kind": kind, "text": length, "visual": visual, "step": step, "bytes": read})
-        print(
-            f"{kind:<8}{length:>8}{visual:>8}{1000 * step:>9.2f} ms{read:>16,}{part:>14.0%}",
-            flush=True,
-        )
+        print(f"{kind:<8}{length:>8}{visual:>8}{1000 * step:>9.2f} ms{read:>16,}{part:>14.0%}")
     plot(rows, Path(options.growth))
     return rows
 

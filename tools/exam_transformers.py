@@ -45,9 +45,9 @@ def answer_with(peer: Transformers, model: LlamaVision, item: Item) -> str:
     """Greedy; text in front of the picture is told to see nothing of it, as in training."""
     content = [draw(item.scene), item.question.text]
     prompt = model.prompt([{"role": "user", "content": content}])
-    (image,) = model.tile(prompt)
+    images = tuple(model.tile(prompt))
     ids = list(prompt.token_ids)
-    peer.on(Run(ids, image, 1, len(image.pixels), MAX_ANSWER))
+    peer.on(Run(ids, images, 1, len(images[0].pixels), MAX_ANSWER))
     new = peer.generate(MAX_ANSWER, stop_ids=list(model.stop_ids))[0].tolist()
     return model.tokenizer.decode([token for token in new if token not in model.stop_ids])
 

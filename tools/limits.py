@@ -83,13 +83,15 @@ def decode_bytes(
     return weights + caches.total
 
 
-def encode_operations(config: Config, tiles: int) -> int:
-    """Of one image: every tile slot goes through every block, the real tiles' tokens further."""
+def encode_operations(config: Config, tiles: int, absent_alike: bool) -> int:
+    """Of one image: its tiles go through every block, and the absent ones, or one for them all."""
     vision = config.vision
-    tokens = vision.max_num_tiles * -(-vision.tokens_per_tile // 8) * 8
+    absent = vision.max_num_tiles - tiles
+    per_tile = -(-vision.tokens_per_tile // 8) * 8
+    real, padding = tiles * per_tile, (min(absent, 1) if absent_alike else absent) * per_tile
     width = vision.hidden_size
-    block = 2 * tokens * (4 * width * width + 2 * width * vision.intermediate_size)
-    attention = 4 * tokens * tokens * width
+    block = 2 * (real + padding) * (4 * width * width + 2 * width * vision.intermediate_size)
+    attention = 4 * width * real * (vision.max_num_tiles * per_tile + padding)
     blocks = vision.num_hidden_layers + vision.num_global_layers
     patches = 2 * tiles * vision.patches_per_side**2 * 3 * vision.patch_size**2 * width
     projector = 2 * tiles * vision.tokens_per_tile * vision.feature_size * config.text.hidden_size

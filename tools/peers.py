@@ -1,5 +1,6 @@
 """Who takes part in a benchmark: this package, and transformers on the same weights."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ import torch
 from limits import peak_of
 from torch import Tensor
 
+from llama_vision.cache import Cache
 from llama_vision.chat import Prompt
 from llama_vision.checkpoint import official_names
 from llama_vision.config import Config
@@ -24,12 +26,13 @@ Timer = Callable[[Callable[[], object]], float]
 
 @dataclass(frozen=True)
 class Run:
-    """Equal prompts of random text, each with one picture in front, or none."""
+    """Equal prompts of random text, each with so many tiles of pictures in front."""
 
     token_ids: list[int]
-    image: TiledImage | None
+    images: tuple[TiledImage, ...]
     batch: int
     tiles: int
+    """Of all pictures of a prompt together; a picture has four, the last one what is left."""
     new_tokens: int
 
     @property
@@ -41,17 +44,20 @@ class Run:
         generator = torch.Generator().manual_seed(0)
         limit = config.text.bos_token_id
         ids = torch.randint(limit, (tokens,), generator=generator).tolist()
-        ids[0], image = config.text.bos_token_id, None
-        if tiles:
-            ids[1] = config.text.image_token_id
-            side, grid = config.vision.image_size, GRIDS[tiles]
-            pixels = torch.randn(tiles, 3, side, side, generator=generator)
-            image = TiledImage(pixels, grid, config.vision.aspect_id(grid))
-        return cls(ids, image, batch, tiles, new_tokens)
+        ids[0], images = config.text.bos_token_id, []
+        side, most = config.vision.image_size, config.vision.max_num_tiles
+        for start in range(0, tiles, most):
+            grid = GRIDS[min(most, tiles - start)]
+            pixels = torch.randn(math.prod(grid), 3, side, side, generator=generator)
+            images.append(TiledImage(pixels, grid, config.vision.aspect_id(grid)))
+        ids[1 : 1 + len(images)] = [config.text.image_token_id] * len(images)
+        return cls(ids, tuple(images), batch, tiles, new_tokens)
 
 
 class Peer(ABC):
     """One implementation on one run."""
+
+    name: str
 
     @abstractmethod
     def encode(self) -> object:
@@ -81,35 +87,44 @@ class Peer(ABC):
 class Ours(Peer):
     """This package, trimmed to a part of the visual tokens if that is less than 1."""
 
-    def __init__(self, model: LlamaVisionModel, run: Run, keep: float, compiled: bool = False):
-        self.model, self.run, self.compiled = model, run, compiled
+    def __init__(self, model: LlamaVisionModel, run: Run, keep: float = 1, compiled: bool = False):
+        kept = "" if keep == 1 else f", {keep:.0%} kept"
+        self.name = "ours" + ", compiled" * compiled + kept
+        self.model, self.run, self.keep, self.compiled = model, run, keep, compiled
         self.new_tokens, self.device = run.new_tokens, model.device
         self.pruner = TrimmedLlama(1.0) if keep < 1 else None
         visual = run.tiles * model.config.vision.tokens_per_tile
         self.budget = (int(keep * visual),) * run.batch if keep < 1 else None
-        self.images = [[run.image] if run.image else [] for _ in range(run.batch)]
+        self.images = [list(run.images)] * run.batch
 
     @torch.inference_mode()
     def encode(self) -> object:
         return self.model.encode_images(self.images)
 
     def generate(self, new_tokens: int) -> Tensor:
+        generation = self.start(new_tokens)
+        for _ in generation:
+            pass
+        return torch.tensor(generation.token_ids)
+
+    def start(self, new_tokens: int) -> Generation:
         ids, batch = self.run.token_ids, self.run.batch
         most = len(ids) + new_tokens
-        grids = tuple(tuple(image.grid for image in sample) for sample in self.images)
-        generation = Generation(
+        workload = Workload(
+            (tuple(ids),) * batch,
+            tuple(tuple(image.grid for image in sample) for sample in self.images),
+            most,
+            PREFILL_CHUNK,
+            pruned=self.pruner is not None,
+            budget=self.budget,
+            absent_tiles_alike=self.model.vision.absent_tiles_alike,
+        )
+        return Generation(
             self.model,
             None,
-            [Prompt(ids, [None] * len(self.images[0]))] * batch,
+            [Prompt(ids, [None] * len(self.run.images))] * batch,
             self.images,
-            Workload(
-                (tuple(ids),) * batch,
-                grids,
-                most,
-                PREFILL_CHUNK,
-                pruned=self.pruner is not None,
-                budget=self.budget,
-            ),
+            workload,
             limits=[most] * batch,
             sampling=Sampling(),
             seed=0,
@@ -118,9 +133,23 @@ class Ours(Peer):
             track_memory=False,
             compiled=self.compiled,
         )
-        for _ in generation:
-            pass
-        return torch.tensor(generation.token_ids)
+
+    def cache_bytes(self) -> dict[str, int]:
+        """What the cache was planned to take, and what it takes once the prompt is read."""
+        generation = self.start(self.new_tokens)
+        sizes = generation.workload.cache_sizes(self.model.config)
+        planned = Cache.plan(self.model.config.text, dtype=self.model.dtype, **sizes)
+        next(iter(generation))
+        return {"planned": planned.total, "taken": generation.cache.nbytes}
+
+    def decode_step(self) -> float:
+        """Seconds of one step, by the run's own watch."""
+        generation = self.start(1 + self.new_tokens)
+        steps = iter(generation)
+        next(steps)
+        generation.seconds["decode"] = 0.0
+        made = sum(1 for _ in steps)
+        return generation.seconds["decode"] / made
 
 
 class Transformers(Peer):
@@ -134,6 +163,7 @@ class Transformers(Peer):
     def __init__(self, model: LlamaVisionModel, mode: str):
         from transformers import MllamaConfig, MllamaForConditionalGeneration
 
+        self.name = f"transformers, {mode}"
         self.config, self.mode, self.device = model.config, mode, model.device
         data = MllamaConfig(**model.config.to_dict())
         with torch.device("meta"):
@@ -152,10 +182,11 @@ class Transformers(Peer):
         ids = torch.tensor([run.token_ids] * batch, device=self.device)
         self.inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         self.pictures = {}
-        if run.image is not None:
-            shape = (batch, 1, vision.max_num_tiles, *run.image.pixels.shape[1:])
+        if run.images:
+            (image,) = run.images
+            shape = (batch, 1, vision.max_num_tiles, *image.pixels.shape[1:])
             pixels = torch.zeros(shape)
-            pixels[:, 0, : run.tiles] = run.image.pixels
+            pixels[:, 0, : run.tiles] = image.pixels
             real = torch.arange(vision.max_num_tiles, device=self.device) < run.tiles
             sees = (
                 torch.tensor(run.token_ids, device=self.device) == self.config.text.image_token_id
@@ -163,7 +194,7 @@ class Transformers(Peer):
             sees = sees.cumsum(0) > 0
             self.pictures = {
                 "pixel_values": pixels.to(self.device, self.peer.dtype),
-                "aspect_ratio_ids": torch.full((batch, 1), run.image.aspect_id, device=self.device),
+                "aspect_ratio_ids": torch.full((batch, 1), image.aspect_id, device=self.device),
                 "aspect_ratio_mask": real.long().expand(batch, 1, -1),
             }
             cross = (sees[:, None, None] & real).long()  # [S, 1, T]
