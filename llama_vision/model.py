@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from llama_vision.cache import Cache
 from llama_vision.config import Config, VisionConfig
 from llama_vision.image import TiledImage
+from llama_vision.layers import Linear
 from llama_vision.pruning import Pruner
 from llama_vision.text import TextDecoder
 from llama_vision.vision import VisionEncoder
@@ -23,7 +24,7 @@ class LlamaVisionModel(nn.Module):
         super().__init__()
         self.config = config
         self.vision = VisionEncoder(config.vision)
-        self.projector = nn.Linear(config.vision.feature_size, config.text.hidden_size)
+        self.projector = Linear(config.vision.feature_size, config.text.hidden_size)
         self.text = TextDecoder(config.text)
 
     @property

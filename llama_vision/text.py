@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llama_vision.cache import Cache
 from llama_vision.config import EXTRA_EMBEDDINGS, TextConfig
-from llama_vision.layers import GatedMLP, RMSNorm, attend, merge_heads, rotate, split_heads
+from llama_vision.layers import GatedMLP, Linear, RMSNorm, attend, merge_heads, rotate, split_heads
 from llama_vision.passes import TextChunk, TextPass, VisualChunk, VisualPass, in_chunks
 from llama_vision.pruning import Pruner
 from llama_vision.visual import VisualTokens
@@ -28,7 +28,7 @@ class TextDecoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size + EXTRA_EMBEDDINGS, width)
         self.layers = nn.ModuleList(_blocks(config))
         self.norm = RMSNorm(width, config.rms_norm_eps)
-        self.lm_head = nn.Linear(width, config.vocab_size, bias=False)
+        self.lm_head = Linear(width, config.vocab_size, bias=False)
 
     def forward(
         self,
@@ -120,10 +120,10 @@ class GroupedQueryAttention(nn.Module):
         self.layer = layer
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         width, kv_width = config.hidden_size, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(width, kv_width, bias=False)
-        self.v_proj = nn.Linear(width, kv_width, bias=False)
-        self.o_proj = nn.Linear(width, width, bias=False)
+        self.q_proj = Linear(width, width, bias=False)
+        self.k_proj = Linear(width, kv_width, bias=False)
+        self.v_proj = Linear(width, kv_width, bias=False)
+        self.o_proj = Linear(width, width, bias=False)
 
 
 class SelfAttention(GroupedQueryAttention):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_vision.config import VisionConfig
-from llama_vision.layers import attend, merge_heads, split_heads
+from llama_vision.layers import Linear, attend, merge_heads, split_heads
 
 TOKENS_MULTIPLE = 8
 """Each tile's tokens are padded to a multiple of this.
@@ -141,7 +141,7 @@ class TileEmbedding(nn.Module):
         self.gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, aspect_ids: Tensor, tile_of_token: Tensor | None = None) -> Tensor:
-        """Add its tile's vector to each token: x [N, T', tokens, E], or [N, n, E] with tiles [n]."""
+        """Add to each token its tile's vector: x [N, T', tokens, E], or [N, n, E] of tiles [n]."""
         tiles = self.embedding(aspect_ids).unflatten(-1, (self.slots, -1))  # [N, T, E]
         if tile_of_token is None:
             tiles = tiles[:, : x.shape[1], None]
@@ -221,10 +221,10 @@ class VisionAttention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(width, width, bias=False)
-        self.v_proj = nn.Linear(width, width, bias=False)
-        self.o_proj = nn.Linear(width, width, bias=False)
+        self.q_proj = Linear(width, width, bias=False)
+        self.k_proj = Linear(width, width, bias=False)
+        self.v_proj = Linear(width, width, bias=False)
+        self.o_proj = Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """[N, n, E] -> [N, n, E].
@@ -249,8 +249,8 @@ class VisionMLP(nn.Module):
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from conftest import TINY, assert_close, golden_tensors
@@ -5,7 +7,9 @@ from oracle import masked_attention
 
 from llama_vision.config import Config
 from llama_vision.layers import (
+    ONEDNN_PRODUCTS,
     GatedMLP,
+    Linear,
     RMSNorm,
     attend,
     merge_heads,
@@ -119,3 +123,32 @@ def test_attention_equals_loops_over_heads_and_rows(heads, groups, rows, keys, h
     out = attend(q, k, v, mask=mask, causal=how == "causal")
     expected = [masked_attention(*sample) for sample in zip(q, k, v, allowed, strict=True)]
     assert_close("attend", out, torch.stack(expected), 1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [(1, 1), (3, 1), (2, 300)])
+def test_every_way_of_a_linear_layer_is_the_product(rows, bias):
+    """Large enough for oneDNN and too small; with a gradient; as one compiled row."""
+    torch.manual_seed(0)
+    for width in (8, 1024):
+        layer, x = Linear(width, width + 8, bias=bias), torch.randn(*rows, width)
+        exact = x.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0)
+        with torch.inference_mode():
+            assert layer._better_by_onednn(x) == (x.numel() * (width + 8) >= ONEDNN_PRODUCTS)
+            assert_close("inference", layer(x), exact.float(), 1e-5)
+            if rows == (1, 1):
+                assert_close("one row", layer._one_row(x), exact.float(), 1e-5)
+                narrow = copy.deepcopy(layer).bfloat16()._one_row(x.bfloat16())
+                assert_close("bfloat16", narrow.float(), exact.float(), 0.05)
+        x.requires_grad_()
+        layer(x).sum().backward()
+        assert_close("gradient", x.grad, layer.weight.sum(0).expand_as(x), 1e-5)
+
+
+def test_tokens_that_are_no_copy_of_their_own_go_through_onednn_alike():
+    """Some rows of a batch, as the projector is given them."""
+    torch.manual_seed(0)
+    layer, x = Linear(512, 1024), torch.randn(3, 40, 512)
+    with torch.inference_mode():
+        assert layer._better_by_onednn(x[:, 5:35])
+        assert torch.equal(layer(x[:, 5:35]), layer(x[:, 5:35].contiguous()))

@@ -106,7 +106,13 @@ def start(model: LlamaVision, batch: int, tiles: int, tokens: int, chunk: int) -
     ]
     ids = [0, config.text.image_token_id, *[7] * (tokens - 2)]
     prompts = [Prompt(ids, [None])] * batch
-    workload = Workload((tuple(ids),) * batch, ((grid,),) * batch, tokens + 4, chunk)
+    workload = Workload(
+        (tuple(ids),) * batch,
+        ((grid,),) * batch,
+        tokens + 4,
+        chunk,
+        absent_tiles_alike=model.model.vision.absent_tiles_alike,
+    )
     return Generation(
         model.model,
         None,
