@@ -119,8 +119,7 @@ class StepLook:
 
 def step(
     text: TextDecoder,
-    token_ids: Tensor,
-    positions: Tensor,
+    inputs: Tensor,
     frequencies: Tensor,
     keys: list[Tensor],
     values: list[Tensor],
@@ -130,13 +129,14 @@ def step(
     """One row more for each sample.
 
     Args:
-        token_ids, positions: [B], on the device.
+        inputs: [2, B], the tokens' ids and their positions, on the device.
         keys, values: the text store's, of each layer.
         rows: how many of its rows to read, at least the largest position and one.
 
     Returns:
         Logits [B, vocabulary], float32.
     """
+    token_ids, positions = inputs
     words = StepText(keys, values, positions, frequencies, rows)
     h = text.run(text.embed_tokens(token_ids[:, None]), words, sight)
     return text.logits(h[:, 0])
@@ -147,8 +147,10 @@ def compiled_step(device: str) -> Callable[..., Tensor]:
     """`step`, compiled when it is first called; shapes stay open, so that it serves every run.
 
     On a CPU the kernels are called from C++ rather than from Python, a fifth of a small model's
-    time; on CUDA graphs do away with the calls.
+    time; on CUDA graphs do away with the calls. The norms' eps are constants: left open, each would
+    be one more input, together a sixth.
     """
+    torch._dynamo.config.specialize_float = True
     return torch.compile(step, dynamic=True, options={"cpp_wrapper": device == "cpu"})
 
 
@@ -157,8 +159,7 @@ class Stepper:
 
     def __init__(self, model: LlamaVisionModel, cache: Cache):
         self.text, self.cache, self.device = model.text, cache, model.device
-        self.ids = torch.zeros(len(cache.position), dtype=torch.int64, device=self.device)
-        self.positions = torch.tensor(cache.position, device=self.device)
+        self.inputs = torch.zeros(2, len(cache.position), dtype=torch.int64, device=self.device)
         self.frequencies = rotary_frequencies(model.config.text, self.device)
         self.sight = StepSight.of_store(cache.visual, self.device)
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
@@ -173,15 +174,14 @@ class Stepper:
         self.cache.text.check_room(1)
         need = max(self.cache.position) + 1
         rows = min(self.cache.text.capacity, -(-need // BUCKET) * BUCKET)
-        self.ids.copy_(torch.tensor(list(token_ids)))
+        self.inputs.copy_(torch.tensor([token_ids, self.cache.position]))
         logits = self._replay(rows) if self.device.type == "cuda" else self._run(rows)
-        self.positions += torch.tensor(list(lengths), device=self.device)
         self.cache.advance(lengths)
         return logits
 
     def _run(self, rows: int) -> Tensor:
         store = self.cache.text
-        state = (self.ids, self.positions, self.frequencies, store.keys, store.values, self.sight)
+        state = (self.inputs, self.frequencies, store.keys, store.values, self.sight)
         try:
             return compiled_step(self.device.type)(self.text, *state, rows)
         except torch._dynamo.exc.TorchDynamoException as error:
