@@ -31,6 +31,7 @@ from llama_vision.pruning import (
 )
 from llama_vision.reporting import format_stats, make_report, print_plan
 from llama_vision.sampling import Sampling
+from llama_vision.stepping import check_compiler
 from llama_vision.tokenizer import PlainBytes
 
 EXIT_USAGE = 2
@@ -214,6 +215,8 @@ def run(options: argparse.Namespace) -> int:
     prompt = build_prompt(model, options, images)
     if not options.force:
         model.check_fits(model.workload([prompt], **sizes))
+    if options.compile:
+        check_compiler(model.device.type)
     model.load_weights(force=options.force)
     load_seconds = time.perf_counter() - start
     generation = model.start(

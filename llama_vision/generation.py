@@ -28,6 +28,7 @@ from llama_vision.memory import (
 from llama_vision.model import LlamaVisionModel, model_without_weights
 from llama_vision.pruning import Pruner, PruningError
 from llama_vision.sampling import Sampling
+from llama_vision.stepping import check_compiler
 from llama_vision.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 
 Messages = Sequence[Mapping[str, Any]]
@@ -206,6 +207,8 @@ class LlamaVision:
         )
         if not force:
             self.check_fits(workload)
+        if compiled:
+            check_compiler(self.device.type)
         given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
         given = {name: value for name, value in given.items() if value is not None}
         return Generation(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from llama_vision.config import TextConfig
 
-ONEDNN_PRODUCTS = 2**19
+ONEDNN_PRODUCTS = 2**20
 """Multiplications from which on oneDNN's preparations pay."""
 
 
@@ -36,8 +36,8 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        if torch.compiler.is_compiling() and x.shape[:-1].numel() == 1:
-            return self._one_row(x)
+        if torch.compiler.is_compiling():
+            return self._one_row(x) if x.numel() == x.shape[-1] else super().forward(x)
         if self._better_by_onednn(x):
             return torch.ops.mkldnn._linear_pointwise.default(
                 x, self.weight, self.bias, "none", [], ""
@@ -47,7 +47,7 @@ class Linear(nn.Linear):
     def _better_by_onednn(self, x: Tensor) -> bool:
         """In float32 torch calls MKL, which leaves half of an AMD processor unused.
 
-        It keeps oneDNN for half precision and for compiled code, whose operation can be called. It
+        It keeps oneDNN for half precision and for its compiler, whose operation can be called. That
         has no gradient, and takes microseconds to prepare.
         """
         return (

@@ -5,7 +5,8 @@ all of that is known: every sample adds one row, which reads its own text so far
 tokens that the cache holds. What changes from step to step is two small tensors, ids and positions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -151,7 +152,32 @@ def compiled_step(device: str) -> Callable[..., Tensor]:
     be one more input, together a sixth.
     """
     torch._dynamo.config.specialize_float = True
-    return torch.compile(step, dynamic=True, options={"cpp_wrapper": device == "cpu"})
+    options = {"cpp_wrapper": device == "cpu"}
+    return torch.compile(step, dynamic=True, fullgraph=True, options=options)
+
+
+@cache
+def check_compiler(device: str) -> None:
+    """Compile next to nothing, to know before anything is waited for.
+
+    Raises:
+        SettingError: there is no compiler for a kind of device, or it does not work.
+    """
+    with compiler_problems_told():
+        torch.compile(torch.neg)(torch.zeros(2, device=device))
+
+
+@contextmanager
+def compiler_problems_told() -> Iterator[None]:
+    """As one line that says what to do."""
+    try:
+        yield
+    except torch._dynamo.exc.TorchDynamoException as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise SettingError(
+            f"decoding cannot be compiled here ({first_line}); --compile (compiled=True) needs "
+            "a C++ compiler, on CUDA Triton: install it, or leave it out"
+        ) from None
 
 
 class Stepper:
@@ -182,14 +208,8 @@ class Stepper:
     def _run(self, rows: int) -> Tensor:
         store = self.cache.text
         state = (self.inputs, self.frequencies, store.keys, store.values, self.sight)
-        try:
+        with compiler_problems_told():
             return compiled_step(self.device.type)(self.text, *state, rows)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            first_line = str(error).strip().splitlines()[0]
-            raise SettingError(
-                f"decoding cannot be compiled here ({first_line}); --compile (compiled=True) needs "
-                "a C++ compiler, on CUDA Triton: install it, or leave it out"
-            ) from None
 
     def _replay(self, rows: int) -> Tensor:
         """The bucket's graph; captured the first time, after a run that compiles and warms up.

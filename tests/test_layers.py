@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from conftest import TINY, assert_close, golden_tensors
+from conftest import TINY, assert_close, golden_tensors, needs_compiler
 from oracle import masked_attention
 
 from llama_vision.config import Config
@@ -143,6 +143,16 @@ def test_every_way_of_a_linear_layer_is_the_product(rows, bias):
         x.requires_grad_()
         layer(x).sum().backward()
         assert_close("gradient", x.grad, layer.weight.sum(0).expand_as(x), 1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_large_linear_layer_compiles_into_one_graph(rows):
+    torch.manual_seed(0)
+    layer, x = Linear(1024, 1032, bias=False), torch.randn(rows, 1, 1024)
+    with torch.inference_mode():
+        compiled = torch.compile(layer, dynamic=True, fullgraph=True)
+        assert_close("compiled", compiled(x), layer(x), 1e-5)
 
 
 def test_tokens_that_are_no_copy_of_their_own_go_through_onednn_alike():

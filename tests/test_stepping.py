@@ -7,7 +7,7 @@ import torch
 from conftest import CASES, Conversation, Keep, assert_close, case_prompts, needs_compiler
 from oracle import random_config, random_images, random_model
 
-from llama_vision import LastQuery, TrimmedLlama, stepping
+from llama_vision import LastQuery, LlamaVision, TrimmedLlama, stepping
 from llama_vision.cli import main
 from llama_vision.stepping import Stepper
 
@@ -120,4 +120,21 @@ def test_what_cannot_be_compiled_is_one_line(monkeypatch, capsys):
     assert main(["--image", picture, "--prompt", "What does it say?", "--compile"]) == 2
     message = capsys.readouterr().err
     assert "decoding cannot be compiled here (no compiler); --compile" in message
+    assert message.count("\n") == 1
+
+
+def test_a_missing_compiler_is_told_before_anything_is_loaded(monkeypatch, capsys, tmp_path):
+    stepping.check_compiler.cache_clear()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
+    monkeypatch.setattr(LlamaVision, "load_weights", None)
+    torch.compiler.reset()
+    try:
+        assert main(["--prompt", "What does it say?", "--compile", "--device", "cpu"]) == 2
+    finally:
+        stepping.check_compiler.cache_clear()
+        torch.compiler.reset()
+    message = capsys.readouterr().err
+    assert "decoding cannot be compiled here" in message
+    assert "C++ compiler" in message
     assert message.count("\n") == 1
