@@ -72,8 +72,9 @@ def main() -> None:
         "rows": rows,
     }
     if options.save:
-        name = f"{document['date']}-{document['model']}-{options.dtype}-{device.type}.json"
-        path = Path(__file__).parent / "results" / name
+        kind = "growth" if options.growth else "batch-" + "-".join(map(str, options.batches))
+        parts = (document["date"], document["model"], options.dtype, device.type, kind)
+        path = Path(__file__).parent / "results" / f"{'-'.join(parts)}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(document))
@@ -135,7 +136,7 @@ def compare_all(
             for compiled in (False, True)[: 1 + options.compile]
         ]
         peers = {peer.name: peer for peer in (*ours, *(peer.on(run) for peer in theirs))}
-        seconds = alternate(peers, options.rounds, model.device)
+        seconds = alternate(peers, options.rounds)
         peaks = {name: peer.peak_bytes() for name, peer in peers.items()}
         row = {"batch": batch, "tiles": tiles, "seconds": seconds, "peaks": peaks}
         row["caches"] = {peer.name: peer.cache_bytes() for peer in ours}
@@ -172,16 +173,14 @@ def compare_loading(model: LlamaVisionModel, options: argparse.Namespace) -> dic
     return seconds
 
 
-def alternate(
-    peers: dict[str, Peer], rounds: int, device: torch.device
-) -> dict[str, dict[str, list[float]]]:
+def alternate(peers: dict[str, Peer], rounds: int) -> dict[str, dict[str, list[float]]]:
     """Everyone once a round, in turn; the first round warms up and is not counted."""
     seconds = {name: {metric: [] for metric in METRICS} for name in peers}
     for number in range(rounds + 1):
         for name, peer in peers.items():
             print(f"\rround {number} of {rounds}: {name}" + " " * 20, end="", file=sys.stderr)
             gc.collect()
-            took = peer.measure(lambda work: timed(work, device))
+            took = peer.measure()
             if number:
                 for metric, value in zip(METRICS, took, strict=True):
                     seconds[name][metric].append(value)
@@ -243,7 +242,7 @@ def growth(model: LlamaVisionModel, limits: Limits, options: argparse.Namespace)
     for number in range(options.rounds + 1):
         for case, run in enumerate(runs):
             print(f"\rround {number} of {options.rounds}: {cases[case]}  ", end="", file=sys.stderr)
-            step = Ours(model, run, compiled=options.compile).decode_step()
+            _, step = Ours(model, run, compiled=options.compile).measure_tokens()
             if number:
                 seconds[case].append(step)
     rows = []

@@ -43,14 +43,17 @@ def best(work: Callable[[], object], device: torch.device, rounds: int = 10) -> 
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one run, waiting for the device at both ends."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    """Seconds of one run."""
+    start = now(device)
     work()
+    return now(device) - start
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once the device has done all that it was asked."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return time.perf_counter()
 
 
 def peak_of(run: Callable[[], object]) -> int:

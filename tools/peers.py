@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from limits import peak_of
+from limits import now, peak_of, timed
 from torch import Tensor
 
 from llama_vision.cache import Cache
@@ -21,7 +21,6 @@ from llama_vision.pruning import TrimmedLlama
 from llama_vision.sampling import Sampling
 
 GRIDS = {1: (1, 1), 2: (1, 2), 3: (1, 3), 4: (2, 2)}
-Timer = Callable[[Callable[[], object]], float]
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,10 @@ class Run:
         return cls(ids, tuple(images), batch, tiles, new_tokens)
 
 
+def nothing() -> None:
+    """Done by default when a token is there."""
+
+
 class Peer(ABC):
     """One implementation on one run."""
 
@@ -64,15 +67,19 @@ class Peer(ABC):
         """All pictures of the batch."""
 
     @abstractmethod
-    def generate(self, new_tokens: int) -> Tensor:
-        """Greedily, pictures included: ids [B, new tokens]."""
+    def generate(self, new_tokens: int, *, on_token: Callable[[], object] = nothing) -> Tensor:
+        """Greedily, pictures included: ids [B, new tokens]; `on_token` is called for each."""
 
-    def measure(self, timer: Timer) -> tuple[float, float, float]:
+    def measure(self) -> tuple[float, float, float]:
         """Seconds of encoding, to the first token, and of one step of decoding after it."""
-        encoding = timer(self.encode)
-        first = timer(lambda: self.generate(1))
-        both = timer(lambda: self.generate(1 + self.new_tokens))
-        return encoding, first, max(both - first, 1e-9) / self.new_tokens
+        return timed(self.encode, self.device), *self.measure_tokens()
+
+    def measure_tokens(self) -> tuple[float, float]:
+        """Seconds to the first token, from pictures, and of one step of decoding after it."""
+        stamps = [now(self.device)]
+        self.generate(1 + self.new_tokens, on_token=lambda: stamps.append(now(self.device)))
+        start, first, *_, last = stamps
+        return first - start, (last - first) / self.new_tokens
 
     def peak_bytes(self) -> int:
         """Most bytes beside the weights while a few tokens are made."""
@@ -101,10 +108,10 @@ class Ours(Peer):
     def encode(self) -> object:
         return self.model.encode_images(self.images)
 
-    def generate(self, new_tokens: int) -> Tensor:
+    def generate(self, new_tokens: int, *, on_token: Callable[[], object] = nothing) -> Tensor:
         generation = self.start(new_tokens)
         for _ in generation:
-            pass
+            on_token()
         return torch.tensor(generation.token_ids)
 
     def start(self, new_tokens: int) -> Generation:
@@ -141,15 +148,6 @@ class Ours(Peer):
         planned = Cache.plan(self.model.config.text, dtype=self.model.dtype, **sizes)
         next(iter(generation))
         return {"planned": planned.total, "taken": generation.cache.nbytes}
-
-    def decode_step(self) -> float:
-        """Seconds of one step, by the run's own watch."""
-        generation = self.start(1 + self.new_tokens)
-        steps = iter(generation)
-        next(steps)
-        generation.seconds["decode"] = 0.0
-        made = sum(1 for _ in steps)
-        return generation.seconds["decode"] / made
 
 
 class Transformers(Peer):
@@ -213,7 +211,20 @@ class Transformers(Peer):
         return inner.multi_modal_projector(features)
 
     @torch.inference_mode()
-    def generate(self, new_tokens: int, stop_ids: list[int] | None = None) -> Tensor:
+    def generate(
+        self,
+        new_tokens: int,
+        *,
+        on_token: Callable[[], object] = nothing,
+        stop_ids: list[int] | None = None,
+    ) -> Tensor:
+        ids = self.inputs["input_ids"]
+        never = torch.zeros(len(ids), dtype=torch.bool, device=self.device)
+
+        def go_on(*_: object, **__: object) -> Tensor:
+            on_token()
+            return never
+
         how = {} if self.mode == "eager" else {"cache_implementation": "static"}
         if self.mode != "compiled":
             how["disable_compile"] = True
@@ -224,9 +235,10 @@ class Transformers(Peer):
             eos_token_id=stop_ids,
             do_sample=False,
             pad_token_id=0,
+            stopping_criteria=[go_on],
             **how,
         )
-        return out[:, self.inputs["input_ids"].shape[1] :]
+        return out[:, ids.shape[1] :]
 
 
 def load_with_transformers(
