@@ -12,6 +12,8 @@ from llama_vision.layers import (
     Linear,
     RMSNorm,
     attend,
+    better_by_onednn,
+    better_by_products,
     merge_heads,
     rotary_angles,
     rotary_frequencies,
@@ -125,6 +127,23 @@ def test_attention_equals_loops_over_heads_and_rows(heads, groups, rows, keys, h
     assert_close("attend", out, torch.stack(expected), 1e-5)
 
 
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_attention_by_products_equals_torchs(heads, groups, dtype, tolerance):
+    """Of several blocks of rows, the last one shorter; the same tensors, in part of longer ones."""
+    torch.manual_seed(heads)
+    shapes = ((heads, 700), (groups, 3000), (groups, 3000))
+    q, k, v = (torch.randn(2, s, n, 16).to(dtype).transpose(1, 2) for n, s in shapes)
+    k, v = k[:, :, :2001], v[:, :, :2001]
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q.float(), k.float(), v.float(), enable_gqa=True
+    )
+    with torch.inference_mode():
+        assert better_by_products(q, k)
+        assert not better_by_products(q[:, :, :1], k)
+        assert_close("attend", attend(q, k, v).float(), expected, tolerance)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [(1, 1), (3, 1), (2, 300)])
 def test_every_way_of_a_linear_layer_is_the_product(rows, bias):
@@ -134,7 +153,8 @@ def test_every_way_of_a_linear_layer_is_the_product(rows, bias):
         layer, x = Linear(width, width + 8, bias=bias), torch.randn(*rows, width)
         exact = x.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0)
         with torch.inference_mode():
-            assert layer._better_by_onednn(x) == (x.numel() * (width + 8) >= ONEDNN_PRODUCTS)
+            large = x.numel() * (width + 8) >= ONEDNN_PRODUCTS
+            assert better_by_onednn(x, layer.weight) == large
             assert_close("inference", layer(x), exact.float(), 1e-5)
             if rows == (1, 1):
                 assert_close("one row", layer._one_row(x), exact.float(), 1e-5)
@@ -160,5 +180,5 @@ def test_tokens_that_are_no_copy_of_their_own_go_through_onednn_alike():
     torch.manual_seed(0)
     layer, x = Linear(512, 1024), torch.randn(3, 40, 512)
     with torch.inference_mode():
-        assert layer._better_by_onednn(x[:, 5:35])
+        assert better_by_onednn(x[:, 5:35], layer.weight)
         assert torch.equal(layer(x[:, 5:35]), layer(x[:, 5:35].contiguous()))
