@@ -2,7 +2,7 @@
 
 `TextPass` and `VisualPass` decide in Python, for every pass anew, who sees what. While decoding,
 all of that is known: every sample adds one row, which reads its own text so far and the visual
-tokens that the cache holds. What changes from step to step is two small tensors, ids and positions.
+tokens that the cache holds. What changes from step to step is one small tensor: ids and positions.
 """
 
 from collections.abc import Callable, Iterator, Sequence
