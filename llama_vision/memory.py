@@ -22,7 +22,7 @@ from llama_vision.cache import Cache
 from llama_vision.config import Config
 from llama_vision.image import TiledImage
 from llama_vision.model import LlamaVisionModel, model_without_weights
-from llama_vision.pruning import PruningError
+from llama_vision.pruning import PruningError, best_ranks
 from llama_vision.sampling import Sampling
 from llama_vision.visual import VisualTokens, find_stretches
 
@@ -332,7 +332,7 @@ class _Most:
     trim_first_layer: bool
 
     def __call__(self, saliency: Tensor, visual: VisualTokens) -> Tensor:
-        saliency.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        best_ranks(saliency, replace(visual, image=visual.image.to(saliency.device)))
         if visual.budget is None:
             return visual.valid
         token = torch.arange(visual.image.shape[1])

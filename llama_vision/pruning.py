@@ -100,7 +100,8 @@ def best_ranks(saliency: Tensor, visual: VisualTokens) -> Tensor:
     """
     saliency = saliency.masked_fill(~visual.valid[:, None], -torch.inf)
     order = saliency.argsort(dim=-1, descending=True, stable=True)
-    return order.argsort(dim=-1).amin(dim=1)
+    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places).amin(dim=1)
 
 
 def _within_budget(best: Tensor, saliency: Tensor, budget: Sequence[int]) -> Tensor:
