@@ -41,8 +41,8 @@ def random_run(seed, monkeypatch):
         images.append(random_images(config, count, draw))
         ids = random_token_ids(config, count, count + draw.randint(1, 9), draw)
         prompts.append(Prompt(ids, [None] * count))
-    queue = iter(images)
-    monkeypatch.setattr(LlamaVision, "tile", lambda *_: next(queue))
+    # Handed over: the pictures are to live no longer than the run keeps them.
+    monkeypatch.setattr(LlamaVision, "tile", lambda *_: images.pop(0))
     monkeypatch.setattr(LlamaVision, "check", lambda *_: None)
     settings = {"max_new_tokens": draw.randint(2, 6), "prefill_chunk": draw.choice([3, 8, 2048])}
     if draw.random() < 0.6:
