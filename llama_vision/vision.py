@@ -254,4 +254,5 @@ class VisionMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        # In place: nothing in the encoder is as wide.
+        return self.fc2(torch.ops.aten.gelu_(self.fc1(x)))

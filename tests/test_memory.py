@@ -111,7 +111,8 @@ def test_without_a_budget_the_plan_is_the_most_that_a_pruner_can_leave(tiny):
 def test_the_peak_of_a_random_run_is_planned(seed, monkeypatch):
     """What the ledger says, and what torch's own profiler sees allocated.
 
-    The profiler also sees what an operation takes for itself; beside models this small that counts.
+    The profiler also sees what an operation takes for itself, up to 19 KiB in oneDNN's products of
+    bfloat16; beside models this small that counts.
     """
     model, prompts, settings = random_run(seed, monkeypatch)
     generation = model.start(prompts, track_memory=True, **settings, **GREEDY)
@@ -120,7 +121,7 @@ def test_the_peak_of_a_random_run_is_planned(seed, monkeypatch):
     live = live_bytes(lambda: list(generation))
     stays = plan.weights + generation.cache.nbytes
     assert generation.ledger.peak == pytest.approx(plan.total, rel=0.05)
-    assert stays + waiting + max(live) == pytest.approx(plan.total, rel=0.05, abs=2**14)
+    assert stays + waiting + max(live) == pytest.approx(plan.total, rel=0.05, abs=20 * 2**10)
     assert set(generation.ledger.peaks) == set(PHASES)
 
 
