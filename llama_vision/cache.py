@@ -145,7 +145,7 @@ def _shapes(
 
 
 class _Store:
-    """Keys and values, for each layer [B, K, capacity, d].
+    """Keys and values, for each layer [B, K, capacity, d], or what a layer holds of that.
 
     They begin as zeros, for what is masked must stay finite.
     """
@@ -154,16 +154,13 @@ class _Store:
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
         self.batch = shapes[0][0] if shapes else 0
-
-    @property
-    def capacities(self) -> list[int]:
+        self.capacities = [shape[2] for shape in shapes]
         """Rows that each sample can hold, in each layer."""
-        return [keys.shape[2] for keys in self.keys]
 
     @property
     def nbytes(self) -> int:
         """Allocated bytes."""
-        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+        return sum(tensor.untyped_storage().nbytes() for tensor in (*self.keys, *self.values))
 
     def read(self, layer: int, rows: int) -> tuple[Tensor, Tensor]:
         """Views of the first rows of one layer: two of [B, K, rows, d]."""
@@ -247,27 +244,35 @@ class VisualStore(_Store):
             CacheError: a run is longer than the capacity.
         """
         lengths = [run.stop - run.start for run in runs]
-        if not self.fixed:
-            self._resize(layer, max(lengths))
         capacity = self.capacities[layer]
-        if max(lengths) > capacity:
+        if self.fixed and max(lengths) > capacity:
             raise CacheError(
                 f"the visual cache holds {capacity} tokens of a sample and {max(lengths)} are "
                 "needed; raise --visual-budget (visual_budget), or prune with --k-ratio"
             )
+        self._lay_out(layer, max(lengths))
         for sample, run in enumerate(runs):
             self.keys[layer][sample, :, : lengths[sample]] = keys[sample, :, run]
             self.values[layer][sample, :, : lengths[sample]] = values[sample, :, run]
         self.lengths[layer] = lengths
 
-    def _resize(self, layer: int, rows: int) -> None:
-        """Make room for exactly so many rows in one layer, which is about to be written anew."""
-        for stores in (self.keys, self.values):
-            batch, heads, held, width = stores[layer].shape
-            if held != rows:
-                # An ordinary tensor, as at the start: compiled code tells inference tensors apart.
-                with torch.inference_mode(False):
-                    stores[layer] = stores[layer].new_zeros(batch, heads, rows, width)
+    def _lay_out(self, layer: int, rows: int) -> None:
+        """Shape one layer, which is about to be written anew, for exactly so many rows.
+
+        Without gaps, whatever a budget leaves free: compiled code tells tensors with gaps apart. So
+        it does views, and tensors made in inference mode.
+        """
+        for tensors in (self.keys, self.values):
+            batch, heads, held, width = tensors[layer].shape
+            shape = (batch, heads, rows, width)
+            with torch.inference_mode(False):
+                if self.fixed:
+                    strides = (heads * rows * width, rows * width, width, 1)
+                    tensors[layer] = tensors[layer].as_strided(shape, strides).detach()
+                elif rows != held:
+                    tensors[layer] = tensors[layer].new_zeros(shape)
+        if not self.fixed:
+            self.capacities[layer] = rows
 
     def keep(self, mask: Tensor) -> None:
         """Compact every layer in place, in order, sample by sample.

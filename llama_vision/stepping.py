@@ -79,8 +79,8 @@ class StepSight:
         sight = cls([], [], [], [])
         for layer, lengths in enumerate(store.lengths):
             keys, values = store.read(layer, max(lengths))
-            sight.keys.append(keys)
-            sight.values.append(values)
+            sight.keys.append(keys.detach())  # no views: they are compiled with their whole
+            sight.values.append(values.detach())
             ends = torch.tensor(lengths, device=device)[:, None]  # [B, 1]
             tokens = torch.arange(max(lengths), device=device)
             mask = tokens < ends.clamp(min=1)  # `seen` hides the one token of those without any
@@ -189,6 +189,16 @@ class Stepper:
         self.frequencies = rotary_frequencies(model.config.text, self.device)
         self.sight = StepSight.of_store(cache.visual, self.device)
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._mark_static()
+
+    def _mark_static(self) -> None:
+        """Tell the compiler which sizes are the model's own, or it would think that those of the
+        batch which are the same by chance must be so."""
+        torch._dynamo.mark_static(self.inputs, 0)
+        torch._dynamo.mark_static(self.frequencies)
+        for store in (self.cache.text, self.sight):
+            for tensor in (*store.keys, *store.values):
+                torch._dynamo.mark_static(tensor, [1, 3])  # key/value heads and their width
 
     def __call__(self, token_ids: Sequence[int], lengths: Sequence[int]) -> Tensor:
         """One step: logits [B, vocabulary], valid until the next.
@@ -198,12 +208,19 @@ class Stepper:
             lengths: 1 for samples that go on, 0 for those that have finished.
         """
         self.cache.text.check_room(1)
-        need = max(self.cache.position) + 1
-        rows = min(self.cache.text.capacity, -(-need // BUCKET) * BUCKET)
+        rows = self._rows(max(self.cache.position) + 1)
         self.inputs.copy_(torch.tensor([token_ids, self.cache.position]))
         logits = self._replay(rows) if self.device.type == "cuda" else self._run(rows)
         self.cache.advance(lengths)
         return logits
+
+    def _rows(self, need: int) -> int:
+        """How many rows of the text cache to read: whole buckets, but not all that it can hold.
+
+        An answer's last token is never fed back, so the last row is hardly ever needed; and reading
+        everything would compile a second time, as tensors without gaps are another kind.
+        """
+        return max(need, min(self.cache.text.capacity - 1, -(-need // BUCKET) * BUCKET))
 
     def _run(self, rows: int) -> Tensor:
         store = self.cache.text

@@ -90,20 +90,25 @@ def test_a_full_store_is_an_error_here_too(uncompiled, tiny):
 
 
 @needs_compiler
-def test_compiled_steps_answer_alike_and_are_compiled_once(tiny):
-    """After a first run of a kind, no length, image, or number of kept tokens compiles anew."""
-    alone, several = case_prompts("image_first"), case_prompts("batch_ragged")
+def test_compiled_steps_answer_alike_and_are_compiled_once(tiny, monkeypatch):
+    """After a first run of a kind, no length, image, or number of kept tokens compiles anew.
+
+    Kinds are: one sample, several, and one that sees no image. Answers go over several buckets.
+    """
+    monkeypatch.setattr(stepping, "BUCKET", 16)
+    alone, several, without = map(case_prompts, ("image_first", "batch_ragged", "text_only"))
+    kept = {"pruner": TrimmedLlama(0.3), "visual_budget": 0.5}
     settings = {"max_new_tokens": 5, "compiled": True, **GREEDY}
-    tiny.generate(alone, **settings)
-    tiny.generate(several, **settings)
+    for prompts in (alone, several, without):
+        tiny.generate(prompts, **settings)
     torch.compiler.set_stance("fail_on_recompile")
     try:
-        for prompts in (alone, case_prompts("two_images"), several):
-            for pruner in (None, TrimmedLlama(0.3)):
-                for count in (4, 9):
-                    settings |= {"pruner": pruner, "max_new_tokens": count}
-                    compiled = tiny.generate(prompts, **settings)
-                    passes = tiny.generate(prompts, **{**settings, "compiled": False})
+        for prompts in (alone, case_prompts("two_images"), several, several * 2, without):
+            for trimmed in ({}, {"pruner": TrimmedLlama(0.2)}, kept):
+                for count in (4, 9, 40):
+                    settings |= {"max_new_tokens": count}
+                    compiled = tiny.generate(prompts, **settings, **trimmed)
+                    passes = tiny.generate(prompts, **{**settings, "compiled": False}, **trimmed)
                     assert [a.token_ids for a in compiled] == [a.token_ids for a in passes]
     finally:
         torch.compiler.set_stance("default")
