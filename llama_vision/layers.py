@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from llama_vision.config import TextConfig
 
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
+
 ONEDNN_PRODUCTS = 2**20
 """Multiplications from which on oneDNN's preparations pay."""
 
@@ -40,12 +42,12 @@ class RMSNorm(nn.Module):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., in] times weight [out, in], plus bias: [..., out], by the fastest of torch's ways."""
-    if better_by_onednn(x, weight):
+    if better_by_onednn(x, x.numel() * len(weight)):
         return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
-def better_by_onednn(x: Tensor, weight: Tensor) -> bool:
+def better_by_onednn(x: Tensor, multiplications: int) -> bool:
     """In float32 torch calls MKL, which leaves half of an AMD processor unused.
 
     It keeps oneDNN for half precision and for its compiler, whose operation can be called. That
@@ -54,10 +56,21 @@ def better_by_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
         x.dtype == torch.float32
         and x.device.type == "cpu"
-        and x.numel() * len(weight) >= ONEDNN_PRODUCTS
-        and torch.backends.mkldnn.is_available()
+        and multiplications >= ONEDNN_PRODUCTS
+        and HAS_ONEDNN
         and not torch.is_grad_enabled()
     )
+
+
+@torch.library.custom_op("llama_vision::linear", mutates_args=())
+def opaque_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`linear`, opaque to the compiler, which calls oneDNN in float32 for constant weights only."""
+    return linear(x, weight)
+
+
+@opaque_linear.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))
 
 
 class Linear(nn.Linear):
@@ -67,7 +80,12 @@ class Linear(nn.Linear):
         """[..., in] -> [..., out]."""
         if not torch.compiler.is_compiling():
             return linear(x, self.weight, self.bias)
-        return self._one_row(x) if x.numel() == x.shape[-1] else super().forward(x)
+        if x.numel() == x.shape[-1]:
+            return self._one_row(x)
+        # How many rows come is left open; it takes two to get here.
+        if self.bias is None and better_by_onednn(x, 2 * self.weight.numel()):
+            return opaque_linear(x, self.weight)
+        return super().forward(x)
 
     def _one_row(self, x: Tensor) -> Tensor:
         """The same for [..., 1, in], whose time is that of reading the weights.

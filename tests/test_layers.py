@@ -154,7 +154,7 @@ def test_every_way_of_a_linear_layer_is_the_product(rows, bias):
         exact = x.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0)
         with torch.inference_mode():
             large = x.numel() * (width + 8) >= ONEDNN_PRODUCTS
-            assert better_by_onednn(x, layer.weight) == large
+            assert better_by_onednn(x, x.numel() * len(layer.weight)) == large
             assert_close("inference", layer(x), exact.float(), 1e-5)
             if rows == (1, 1):
                 assert_close("one row", layer._one_row(x), exact.float(), 1e-5)
@@ -168,11 +168,13 @@ def test_every_way_of_a_linear_layer_is_the_product(rows, bias):
 @needs_compiler
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_large_linear_layer_compiles_into_one_graph(rows):
+    """Several rows go through the very product that they go through otherwise."""
     torch.manual_seed(0)
     layer, x = Linear(1024, 1032, bias=False), torch.randn(rows, 1, 1024)
+    options = {"cpp_wrapper": True}
     with torch.inference_mode():
-        compiled = torch.compile(layer, dynamic=True, fullgraph=True)
-        assert_close("compiled", compiled(x), layer(x), 1e-5)
+        compiled = torch.compile(layer, dynamic=True, fullgraph=True, options=options)
+        assert_close("compiled", compiled(x), layer(x), 1e-5 if rows == 1 else 0)
 
 
 def test_tokens_that_are_no_copy_of_their_own_go_through_onednn_alike():
@@ -180,5 +182,5 @@ def test_tokens_that_are_no_copy_of_their_own_go_through_onednn_alike():
     torch.manual_seed(0)
     layer, x = Linear(512, 1024), torch.randn(3, 40, 512)
     with torch.inference_mode():
-        assert better_by_onednn(x[:, 5:35], layer.weight)
+        assert better_by_onednn(x[:, 5:35], 30 * layer.weight.numel())
         assert torch.equal(layer(x[:, 5:35]), layer(x[:, 5:35].contiguous()))
