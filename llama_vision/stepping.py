@@ -192,8 +192,11 @@ class Stepper:
         self._mark_static()
 
     def _mark_static(self) -> None:
-        """Tell the compiler which sizes are the model's own, or it would think that those of the
-        batch which are the same by chance must be so."""
+        """Tell the compiler which sizes are the model's own.
+
+        It would take those of a batch that are equal to them by chance for the same, and compile
+        again for the next batch.
+        """
         torch._dynamo.mark_static(self.inputs, 0)
         torch._dynamo.mark_static(self.frequencies)
         for store in (self.cache.text, self.sight):
