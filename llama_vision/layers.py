@@ -263,6 +263,8 @@ def attend_and_weigh(q: Tensor, k: Tensor, v: Tensor, votes: Tensor) -> tuple[Te
     at_once = 1 if on_cpu else batch * groups
     block_bytes = 2**20 if on_cpu else 24 * 2**20
     block_rows = max(1, block_bytes // (4 * at_once * q.shape[1] * keys))
+    # These kernels write an element of a row only once they have read it for the last time.
+    in_place = q.device.type in ("cpu", "cuda", "meta") and not torch.is_grad_enabled()
     out = torch.empty_like(q)
     mass = q.new_zeros(*q.shape[:2], keys, dtype=torch.float32)  # [B · K, H/K, V]
     for group in range(0, batch * groups, at_once):
@@ -271,7 +273,8 @@ def attend_and_weigh(q: Tensor, k: Tensor, v: Tensor, votes: Tensor) -> tuple[Te
             run = slice(start, start + block_rows)
             block = q[of, :, run]  # [groups, H/K, rows, d]
             scores = block.flatten(1, 2) * width**-0.5 @ k[of].mT  # [groups, H/K · rows, V]
-            shares = scores.softmax(dim=-1, dtype=torch.float32)
+            scores = scores.float()
+            shares = torch.softmax(scores, dim=-1, out=scores if in_place else None)
             by_head = shares.unflatten(1, block.shape[1:3])  # [groups, H/K, rows, V]
             mass[of] += (votes[of, ..., run] @ by_head).squeeze(2)
             out[of, :, run] = (shares.type_as(v) @ v[of]).unflatten(1, block.shape[1:3])
