@@ -111,17 +111,18 @@ def test_without_a_budget_the_plan_is_the_most_that_a_pruner_can_leave(tiny):
 def test_the_peak_of_a_random_run_is_planned(seed, monkeypatch):
     """What the ledger says, and what torch's own profiler sees allocated.
 
-    The profiler also sees what an operation takes for itself, up to 19 KiB in oneDNN's products of
-    bfloat16; beside models this small that counts.
+    The profiler also sees what an operation takes for itself; beside models this small that counts.
+    oneDNN is left out: its scratch, which is the library's, is a sixth of all in the smallest.
     """
     model, prompts, settings = random_run(seed, monkeypatch)
     generation = model.start(prompts, track_memory=True, **settings, **GREEDY)
     plan = plan_run(model.config, generation.workload, dtype=model.model.dtype, device="cpu")
     waiting = sum(image.pixels.nbytes for sample in generation.images for image in sample)
-    live = live_bytes(lambda: list(generation))
+    with torch.backends.mkldnn.flags(enabled=False):
+        live = live_bytes(lambda: list(generation))
     stays = plan.weights + generation.cache.nbytes
     assert generation.ledger.peak == pytest.approx(plan.total, rel=0.05)
-    assert stays + waiting + max(live) == pytest.approx(plan.total, rel=0.05, abs=20 * 2**10)
+    assert stays + waiting + max(live) == pytest.approx(plan.total, rel=0.05, abs=2**14)
     assert set(generation.ledger.peaks) == set(PHASES)
 
 
