@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from llama_vision.cli import main
+    from llama_vision.cli.main import main
 except KeyboardInterrupt:  # torch takes a second or two to import
     sys.exit(130)
 

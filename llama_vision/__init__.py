@@ -17,13 +17,8 @@ import warnings
 # torch says this on import; it works without NumPy, and so does this package.
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
-from llama_vision.chat import Prompt
-from llama_vision.config import Config, LlamaVisionError
-from llama_vision.decoding import Completion
-from llama_vision.generation import LlamaVision
-from llama_vision.memory import MemoryPlan
-from llama_vision.planning import plan_memory
-from llama_vision.pruning import (
+from llama_vision.api import LlamaVision
+from llama_vision.cache.pruning import (
     KeyNorm,
     LastQuery,
     Pruner,
@@ -32,7 +27,12 @@ from llama_vision.pruning import (
     TrimmedLlama,
     UniformGrid,
 )
-from llama_vision.visual import VisualTokens
+from llama_vision.cache.visual_tokens import VisualTokens
+from llama_vision.config import Config, LlamaVisionError
+from llama_vision.engine.engine import Completion
+from llama_vision.inputs.chat import Prompt
+from llama_vision.memory.largest import plan_memory
+from llama_vision.memory.plan import MemoryPlan
 
 __all__ = [
     "Completion",

@@ -22,13 +22,13 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.profiler import ProfilerActivity, profile
 
 from llama_vision import LlamaVision, Prompt
-from llama_vision.cache import Cache
+from llama_vision.cache.kv import Cache
+from llama_vision.cache.pruning import Pruner
+from llama_vision.cache.visual_tokens import VisualTokens
 from llama_vision.config import official_config
-from llama_vision.image import TiledImage, tile_image
-from llama_vision.model import LlamaVisionModel
-from llama_vision.pruning import Pruner
-from llama_vision.tokenizer import Tokenizer, load_tokenizer
-from llama_vision.visual import VisualTokens
+from llama_vision.inputs.image import TiledImage, tile_image
+from llama_vision.inputs.tokenizer import Tokenizer, load_tokenizer
+from llama_vision.model.model import LlamaVisionModel
 
 torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
 

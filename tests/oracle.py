@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama_vision.config import Config, RopeScaling, TextConfig, VisionConfig
-from llama_vision.image import TiledImage
-from llama_vision.model import LlamaVisionModel
+from llama_vision.inputs.image import TiledImage
+from llama_vision.model.model import LlamaVisionModel
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from limits import decode_bytes, encode_operations, prefill_operations
 from models import middle_config
 
 from llama_vision.config import official_config
-from llama_vision.model import model_without_weights
+from llama_vision.model.model import model_without_weights
 
 SCRIPT = Path(__file__).parents[1] / "tools" / "benchmark.py"
 

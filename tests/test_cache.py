@@ -12,7 +12,7 @@ from conftest import (
 )
 from oracle import random_config, random_images, random_model, random_token_ids
 
-from llama_vision.cache import Cache, CacheError
+from llama_vision.cache.kv import Cache, CacheError
 from llama_vision.config import official_config
 
 TOLERANCE = 1e-5

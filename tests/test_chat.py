@@ -2,9 +2,9 @@ import pytest
 from conftest import golden_json
 from PIL import Image
 
-from llama_vision.chat import PromptError, chat_prompt, completion_prompt, place_images
-from llama_vision.image import ImageError
-from llama_vision.visual import find_stretches
+from llama_vision.cache.visual_tokens import find_stretches
+from llama_vision.inputs.chat import PromptError, chat_prompt, completion_prompt, place_images
+from llama_vision.inputs.image import ImageError
 
 GOLDEN = golden_json("tokenizer")
 BOS, EOT, IMAGE = 128000, 128009, 128256

@@ -14,7 +14,7 @@ from conftest import TINY
 from safetensors.torch import load_file, save_file
 from stub_hub import REPO, StubHub
 
-from llama_vision.checkpoint import (
+from llama_vision.checkpoint.loading import (
     BUFFER_BYTES,
     CheckpointError,
     choose_device,
@@ -25,7 +25,7 @@ from llama_vision.checkpoint import (
     official_names,
 )
 from llama_vision.config import DTYPES, Config, SettingError
-from llama_vision.model import LlamaVisionModel
+from llama_vision.model.model import LlamaVisionModel
 
 ROOT = Path(__file__).parent.parent
 FIRST, SECOND = (f"model-0000{n}-of-00002.safetensors" for n in (1, 2))
@@ -119,7 +119,7 @@ def test_a_random_checkpoint_comes_back_bit_for_bit(checkpoint):
 
 
 def test_a_tensor_larger_than_the_buffer_loads_in_pieces(checkpoint, original, monkeypatch):
-    monkeypatch.setattr("llama_vision.checkpoint.BUFFER_BYTES", 1000)
+    monkeypatch.setattr("llama_vision.checkpoint.loading.BUFFER_BYTES", 1000)
     assert BUFFER_BYTES > 1000
     assert_loaded(load(checkpoint), original)
 
@@ -425,7 +425,8 @@ def test_an_incomplete_snapshot_without_network_says_what_is_missing(hub, monkey
 
 def test_the_environment_is_respected(repository, tmp_path):
     """In fresh processes: HF_ENDPOINT, HF_HOME and HF_TOKEN; then HF_HUB_OFFLINE, without a hub."""
-    code = f"from llama_vision.checkpoint import find_checkpoint; print(find_checkpoint({REPO!r}))"
+    imports = "from llama_vision.checkpoint.loading import find_checkpoint"
+    code = f"{imports}; print(find_checkpoint({REPO!r}))"
     run = [sys.executable, "-c", code]
     home = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     home["HF_HOME"] = str(tmp_path / "home")

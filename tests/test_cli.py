@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from stub_hub import REPO, StubHub
 
 from llama_vision import Prompt
-from llama_vision.chat import chat_prompt
-from llama_vision.cli import EXIT_INTERRUPTED, main
-from llama_vision.image import open_image
+from llama_vision.cli.main import EXIT_INTERRUPTED, main
+from llama_vision.inputs.chat import chat_prompt
+from llama_vision.inputs.image import open_image
 
 ROOT = Path(__file__).parent.parent
 PICTURE = GOLDEN / "images" / "rgb_120x30.png"

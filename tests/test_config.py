@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import TINY, golden_json
 
-from llama_vision.checkpoint import official_names
+from llama_vision.checkpoint.loading import official_names
 from llama_vision.config import (
     Config,
     ConfigError,
@@ -16,7 +16,7 @@ from llama_vision.config import (
     official_config,
     supported_grids,
 )
-from llama_vision.model import LlamaVisionModel
+from llama_vision.model.model import LlamaVisionModel
 
 OFFICIAL = {"11b": (906, 10_670_220_835), "90b": (1_494, 88_593_355_323)}
 MISSING = object()

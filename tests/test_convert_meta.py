@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llama_vision.checkpoint import load_model
+from llama_vision.checkpoint.loading import load_model
 from llama_vision.config import Config, official_config
-from llama_vision.image import TiledImage
+from llama_vision.inputs.image import TiledImage
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "weights" / "convert_meta.py"

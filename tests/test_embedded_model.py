@@ -13,8 +13,8 @@ from embedded.exam import make_exam
 from evaluate_embedded import answer
 
 from llama_vision import LlamaVision
-from llama_vision.cli import EMBEDDED_MODEL, main
-from llama_vision.image import open_image
+from llama_vision.cli.main import EMBEDDED_MODEL, main
+from llama_vision.inputs.image import open_image
 
 MEASURED = 0.905
 """Its exact answers to the first 200 questions of its exam."""

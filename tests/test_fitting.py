@@ -8,9 +8,10 @@ import torch
 from conftest import TINY, case_prompts
 from stub_hub import REPO
 
-from llama_vision import LlamaVision, TrimmedLlama, fitting
+from llama_vision import LlamaVision, TrimmedLlama
 from llama_vision.config import SettingError
-from llama_vision.fitting import (
+from llama_vision.memory import fit as fitting
+from llama_vision.memory.fit import (
     MemoryLimitError,
     free_memory,
     human_bytes,
@@ -33,7 +34,7 @@ def room(monkeypatch):
 
 def test_weights_that_do_not_fit_are_not_read(room, monkeypatch):
     room(3 * 2**20)
-    monkeypatch.setattr("llama_vision.generation.load_model", lambda *_, **__: pytest.fail("read"))
+    monkeypatch.setattr("llama_vision.api.load_model", lambda *_, **__: pytest.fail("read"))
     with pytest.raises(MemoryLimitError) as error:
         LlamaVision.from_pretrained(TINY, device="cpu")
     assert str(error.value) == (

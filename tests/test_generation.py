@@ -5,10 +5,10 @@ import torch
 from conftest import CASES, assert_close, case_prompts, golden_json, golden_tensors
 
 from llama_vision import LlamaVision, Prompt
-from llama_vision.chat import PromptError, chat_prompt
+from llama_vision.cache.pruning import PruningError
 from llama_vision.config import SettingError
-from llama_vision.pruning import PruningError
-from llama_vision.tokenizer import TokenizerError
+from llama_vision.inputs.chat import PromptError, chat_prompt
+from llama_vision.inputs.tokenizer import TokenizerError
 
 GREEDY = {"temperature": 0, "ignore_stop": True}
 SAMPLED = {"temperature": 1.0, "top_p": 0.9, "seed": 7, "ignore_stop": True}

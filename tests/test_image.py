@@ -6,7 +6,7 @@ from conftest import CASES, GOLDEN, case_images, golden_json, golden_tensors
 from PIL import Image
 
 from llama_vision.config import supported_grids
-from llama_vision.image import (
+from llama_vision.inputs.image import (
     MEAN,
     STD,
     ImageError,

@@ -6,7 +6,7 @@ from conftest import TINY, assert_close, golden_tensors, needs_compiler
 from oracle import masked_attention
 
 from llama_vision.config import Config
-from llama_vision.layers import (
+from llama_vision.model.layers import (
     ONEDNN_PRODUCTS,
     GatedMLP,
     Linear,

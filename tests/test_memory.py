@@ -9,11 +9,13 @@ from conftest import TINY, case_prompts, live_bytes
 from oracle import random_config, random_images, random_model, random_token_ids
 
 from llama_vision import LlamaVision, Prompt, TrimmedLlama
-from llama_vision.cache import Cache
-from llama_vision.cli import EMBEDDED_MODEL
+from llama_vision.cache.kv import Cache
+from llama_vision.cache.pruning import PruningError
+from llama_vision.cli.main import EMBEDDED_MODEL
 from llama_vision.config import DTYPES, official_config
-from llama_vision.image import TiledImage
-from llama_vision.memory import (
+from llama_vision.inputs.image import TiledImage
+from llama_vision.memory.largest import workload_alike
+from llama_vision.memory.plan import (
     PHASES,
     Tracker,
     Workload,
@@ -22,9 +24,7 @@ from llama_vision.memory import (
     weight_parts,
     working_memory,
 )
-from llama_vision.model import model_without_weights
-from llama_vision.planning import workload_alike
-from llama_vision.pruning import PruningError
+from llama_vision.model.model import model_without_weights
 
 TYPES = list(DTYPES.values())
 GREEDY = {"temperature": 0, "ignore_stop": True}

@@ -126,7 +126,7 @@ def test_images_encoded_in_groups_are_those_encoded_at_once(seed, monkeypatch):
     seen = []
     model.vision.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     for most in (1, 2):
-        monkeypatch.setattr("llama_vision.model.TOKENS_AT_ONCE", most * tokens)
+        monkeypatch.setattr("llama_vision.model.model.TOKENS_AT_ONCE", most * tokens)
         seen.clear()
         in_groups = model.encode_images(images)
         assert max(seen) <= most < len(seen)

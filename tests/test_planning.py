@@ -12,11 +12,11 @@ from conftest import TINY
 from stub_hub import REPO
 
 from llama_vision import plan_memory
-from llama_vision.checkpoint import CheckpointError
-from llama_vision.cli import main
+from llama_vision.checkpoint.loading import CheckpointError
+from llama_vision.cli.main import main
 from llama_vision.config import Config, SettingError, official_config
-from llama_vision.memory import plan_run
-from llama_vision.planning import largest_settings, workload_alike
+from llama_vision.memory.largest import largest_settings, workload_alike
+from llama_vision.memory.plan import plan_run
 
 ROOT = Path(__file__).parent.parent
 PICTURE = TINY.parent / "images" / "big_320x200.png"
@@ -141,7 +141,7 @@ def test_the_plan_of_a_run_is_what_its_statistics_confirm(capsys):
 
 
 def test_a_plan_shows_exact_bytes_and_reads_no_weights(capsys, monkeypatch):
-    monkeypatch.setattr("llama_vision.generation.load_model", lambda *_, **__: pytest.fail("read"))
+    monkeypatch.setattr("llama_vision.api.load_model", lambda *_, **__: pytest.fail("read"))
     table = printed(capsys, "--model", "11b", "--device", "cuda", "--plan")
     assert "11b, bfloat16, cuda: 1 prompt, each 1 image of 4 tiles, at most 2,048 tokens" in table
     for line in (
@@ -175,7 +175,7 @@ def test_what_fits_is_a_small_table(capsys):
 
 
 def test_what_fits_into_what_is_free(capsys, monkeypatch):
-    monkeypatch.setattr("llama_vision.reporting.known_free_memory", lambda _: 5 * 10**6)
+    monkeypatch.setattr("llama_vision.cli.reports.known_free_memory", lambda _: 5 * 10**6)
     ask = ("--model", str(TINY), "--device", "cpu", "--max-seq-len", "100", "--fit", "--json")
     data = json.loads(printed(capsys, *ask).splitlines()[-1])
     assert data["free"] == data["room"] == 5 * 10**6
@@ -203,20 +203,20 @@ def test_a_mistake_in_a_plan_is_one_line(capsys, monkeypatch, arguments, words):
 
 
 def test_a_run_that_does_not_fit_is_refused_before_its_weights_are_read(capsys, monkeypatch):
-    monkeypatch.setattr("llama_vision.fitting.free_memory", lambda _: 6 * 10**6)
-    monkeypatch.setattr("llama_vision.generation.load_model", lambda *_, **__: pytest.fail("read"))
+    monkeypatch.setattr("llama_vision.memory.fit.free_memory", lambda _: 6 * 10**6)
+    monkeypatch.setattr("llama_vision.api.load_model", lambda *_, **__: pytest.fail("read"))
     ask = ["--model", str(TINY), "--device", "cpu", "--image", str(PICTURE), "--prompt", "Why?"]
     assert main([*ask, "--max-new-tokens", "9000"]) == 2
     message = capsys.readouterr().err
     assert "the run takes" in message
     (length,) = re.findall(r"--max-seq-len (\d+)", message)
     monkeypatch.undo()
-    monkeypatch.setattr("llama_vision.fitting.free_memory", lambda _: 6 * 10**6)
+    monkeypatch.setattr("llama_vision.memory.fit.free_memory", lambda _: 6 * 10**6)
     assert main([*ask, "--max-new-tokens", "3", "--max-seq-len", length]) == 0
 
 
 def test_force_runs_it_all_the_same(capsys, monkeypatch):
-    monkeypatch.setattr("llama_vision.fitting.free_memory", lambda _: 1)
+    monkeypatch.setattr("llama_vision.memory.fit.free_memory", lambda _: 1)
     ask = ["--model", str(TINY), "--device", "cpu", "--prompt", "Why?", "--max-new-tokens", "2"]
     assert main(ask) == 2
     assert main([*ask, "--force"]) == 0

@@ -30,12 +30,12 @@ from llama_vision import (
     TopK,
     TrimmedLlama,
     UniformGrid,
-    passes,
 )
-from llama_vision.cache import Cache
-from llama_vision.layers import attend, attend_and_weigh
-from llama_vision.pruning import PruningError
-from llama_vision.visual import VisualTokens
+from llama_vision.cache.kv import Cache
+from llama_vision.cache.pruning import PruningError
+from llama_vision.cache.visual_tokens import VisualTokens
+from llama_vision.engine import prefill as passes
+from llama_vision.model.layers import attend, attend_and_weigh
 
 EXACT = 1e-5
 GREEDY = {"temperature": 0, "ignore_stop": True}

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from llama_vision.config import SettingError
-from llama_vision.sampling import Sampling
+from llama_vision.engine.sampling import Sampling
 
 DRAWS = 20_000
 LOGITS = torch.tensor([0.3, 2.0, -1.0, 1.2, 1.1, -30.0, 0.9])

@@ -7,9 +7,10 @@ import torch
 from conftest import CASES, Conversation, Keep, assert_close, case_prompts, needs_compiler
 from oracle import random_config, random_images, random_model
 
-from llama_vision import LastQuery, LlamaVision, TrimmedLlama, stepping
-from llama_vision.cli import main
-from llama_vision.stepping import Stepper
+from llama_vision import LastQuery, LlamaVision, TrimmedLlama
+from llama_vision.cli.main import main
+from llama_vision.engine import decode as stepping
+from llama_vision.engine.decode import Stepper
 
 GREEDY = {"temperature": 0, "ignore_stop": True}
 PRUNERS = {

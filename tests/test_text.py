@@ -15,9 +15,9 @@ from conftest import (
 )
 from oracle import masked_attention, random_token_ids, visible_images
 
-from llama_vision.passes import attend_visible, row_chunks
-from llama_vision.text import SelfAttentionBlock
-from llama_vision.visual import Visibility, VisualTokens, find_stretches
+from llama_vision.cache.visual_tokens import Visibility, VisualTokens, find_stretches
+from llama_vision.engine.prefill import attend_visible, row_chunks
+from llama_vision.model.text import SelfAttentionBlock
 
 TOLERANCE = 1e-4
 

@@ -9,7 +9,7 @@ import sentencepiece
 from conftest import LLAMA_3, TINY, golden_json, llama_3_file
 
 from llama_vision.config import Config, TextConfig
-from llama_vision.tokenizer import TextStream, Tokenizer, TokenizerError, load_tokenizer
+from llama_vision.inputs.tokenizer import TextStream, Tokenizer, TokenizerError, load_tokenizer
 
 TINY_TEXT = Config.from_directory(TINY).text
 GOLDEN = golden_json("tokenizer")

@@ -29,7 +29,7 @@ from embedded.training import Recorder, Stage, train
 from evaluate_embedded import KEPT, RULES, answer, compare_rules, paired_difference
 
 from llama_vision import LlamaVision
-from llama_vision.image import tile_image
+from llama_vision.inputs.image import tile_image
 
 MINIMAL = Sources.minimal()
 WHITE = Background((255, 255, 255), (255, 255, 255), "white")

@@ -25,7 +25,7 @@ from oracle import (
 )
 
 from llama_vision import LastQuery, LlamaVisionError, TrimmedLlama
-from llama_vision.cache import Cache, CacheError
+from llama_vision.cache.kv import Cache, CacheError
 
 EXACT = 1e-5
 GREEDY = {"temperature": 0, "ignore_stop": True}
@@ -84,7 +84,7 @@ def test_keys_projected_in_pieces_change_no_logit(seed, pruner, monkeypatch):
     model = random_model(config, seed)
     answers = []
     for most in (8192, 5):
-        monkeypatch.setattr("llama_vision.passes.TOKENS_AT_ONCE", most)
+        monkeypatch.setattr("llama_vision.engine.prefill.TOKENS_AT_ONCE", most)
         draw, conversation = random.Random(seed), Conversation(model, 2)
         conversation.go_on(*conversation.random_turn(draw), pruner)
         conversation.go_on([[1], [2]])

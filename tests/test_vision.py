@@ -8,8 +8,8 @@ from conftest import CASES, TINY, assert_close, case_images, golden_json, golden
 from oracle import full_attention
 
 from llama_vision.config import Config
-from llama_vision.layers import merge_heads, split_heads
-from llama_vision.vision import Layout, VisionEncoder, real_tokens_first
+from llama_vision.model.layers import merge_heads, split_heads
+from llama_vision.model.vision import Layout, VisionEncoder, real_tokens_first
 
 TOLERANCE = 1e-4
 VISION = Config.from_directory(TINY).vision

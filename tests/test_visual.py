@@ -5,7 +5,7 @@ import torch
 from conftest import CASES, golden_json, golden_tensors
 from oracle import visible_images
 
-from llama_vision.visual import Sight, Stretch, VisualTokens, find_stretches
+from llama_vision.cache.visual_tokens import Sight, Stretch, VisualTokens, find_stretches
 
 IMAGE = 99
 

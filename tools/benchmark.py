@@ -34,9 +34,9 @@ from limits import Limits, decode_bytes, encode_operations, prefill_operations, 
 from models import named_config, random_model, save_checkpoint
 from peers import Ours, Peer, Run, Transformers, load_with_transformers
 
-from llama_vision.checkpoint import load_model
+from llama_vision.checkpoint.loading import load_model
 from llama_vision.config import DTYPES, Config
-from llama_vision.model import LlamaVisionModel
+from llama_vision.model.model import LlamaVisionModel
 
 METRICS = ("image encoding", "first token", "decode")
 """Seconds: for all pictures of a batch; from pictures to the first token; for one step."""

@@ -22,7 +22,7 @@ from embedded.exam import Item, guess, make_exam, tally, wilson
 
 from llama_vision import LlamaVision, Pruner, RandomTokens, TrimmedLlama, UniformGrid
 from llama_vision.config import DTYPES
-from llama_vision.image import open_image
+from llama_vision.inputs.image import open_image
 
 MAX_ANSWER = 64
 KEPT = (0.75, 0.5, 0.25, 0.1)

@@ -8,10 +8,10 @@ from itertools import accumulate
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from llama_vision.cache import Cache
+from llama_vision.cache.kv import Cache
 from llama_vision.config import Config
-from llama_vision.layers import Linear
-from llama_vision.memory import weight_parts
+from llama_vision.memory.plan import weight_parts
+from llama_vision.model.layers import Linear
 
 
 @dataclass(frozen=True)

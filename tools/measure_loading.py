@@ -90,10 +90,10 @@ def write_checkpoint(directory: Path, shards: int) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from llama_vision.checkpoint import official_names
+    from llama_vision.checkpoint.loading import official_names
     from llama_vision.config import DTYPES as TORCH_DTYPES
     from llama_vision.config import Config
-    from llama_vision.model import LlamaVisionModel
+    from llama_vision.model.model import LlamaVisionModel
 
     directory.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):

@@ -24,12 +24,12 @@ from limits import peak_of
 from models import named_config, random_model
 
 from llama_vision import LlamaVision, Prompt
-from llama_vision.cli import EMBEDDED_MODEL
+from llama_vision.cli.main import EMBEDDED_MODEL
 from llama_vision.config import DTYPES, Config
-from llama_vision.decoding import Generation
-from llama_vision.image import TiledImage
-from llama_vision.memory import PREFILL_CHUNK, Workload, plan_run
-from llama_vision.sampling import Sampling
+from llama_vision.engine.engine import Generation
+from llama_vision.engine.sampling import Sampling
+from llama_vision.inputs.image import TiledImage
+from llama_vision.memory.plan import PREFILL_CHUNK, Workload, plan_run
 
 
 def main() -> None:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from llama_vision.cache.visual_tokens import VisualTokens
 from llama_vision.config import DTYPES, official_config
-from llama_vision.layers import attend, attend_and_weigh
-from llama_vision.passes import VisualPass
-from llama_vision.text import CrossAttentionBlock
-from llama_vision.visual import VisualTokens
+from llama_vision.engine.prefill import VisualPass
+from llama_vision.model.layers import attend, attend_and_weigh
+from llama_vision.model.text import CrossAttentionBlock
 
 
 def main() -> None:

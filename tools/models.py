@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from llama_vision.checkpoint import load_config, official_names
+from llama_vision.checkpoint.loading import load_config, official_names
 from llama_vision.config import Config, official_config
-from llama_vision.model import LlamaVisionModel, model_without_weights
+from llama_vision.model.model import LlamaVisionModel, model_without_weights
 
 
 def middle_config() -> Config:

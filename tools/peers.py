@@ -9,16 +9,16 @@ import torch
 from limits import now, peak_of, timed
 from torch import Tensor
 
-from llama_vision.cache import Cache
-from llama_vision.chat import Prompt
-from llama_vision.checkpoint import official_names
+from llama_vision.cache.kv import Cache
+from llama_vision.cache.pruning import TrimmedLlama
+from llama_vision.checkpoint.loading import official_names
 from llama_vision.config import Config
-from llama_vision.decoding import Generation
-from llama_vision.image import TiledImage
-from llama_vision.memory import PREFILL_CHUNK, Workload
-from llama_vision.model import LlamaVisionModel
-from llama_vision.pruning import TrimmedLlama
-from llama_vision.sampling import Sampling
+from llama_vision.engine.engine import Generation
+from llama_vision.engine.sampling import Sampling
+from llama_vision.inputs.chat import Prompt
+from llama_vision.inputs.image import TiledImage
+from llama_vision.memory.plan import PREFILL_CHUNK, Workload
+from llama_vision.model.model import LlamaVisionModel
 
 GRIDS = {1: (1, 1), 2: (1, 2), 3: (1, 3), 4: (2, 2)}
 

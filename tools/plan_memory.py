@@ -14,11 +14,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llama_vision import LlamaVisionError
-from llama_vision.checkpoint import choose_dtype, load_config, parse_device
-from llama_vision.cli import number
-from llama_vision.memory import PREFILL_CHUNK
-from llama_vision.planning import DEFAULT_SEQ_LEN, workload_alike
-from llama_vision.reporting import print_plan
+from llama_vision.checkpoint.loading import choose_dtype, load_config, parse_device
+from llama_vision.cli.main import number
+from llama_vision.cli.reports import print_plan
+from llama_vision.memory.largest import DEFAULT_SEQ_LEN, workload_alike
+from llama_vision.memory.plan import PREFILL_CHUNK
 
 
 def main() -> int:

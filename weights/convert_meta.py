@@ -29,9 +29,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also runs where not installed
-from llama_vision.checkpoint import CheckpointError, Entry, match_names
+from llama_vision.checkpoint.loading import CheckpointError, Entry, match_names
 from llama_vision.config import DTYPES, Config, LlamaVisionError, official_config
-from llama_vision.model import LlamaVisionModel
+from llama_vision.model.model import LlamaVisionModel
 
 COPY, COLUMN, ROW = None, 0, 1
 """How parts hold a tensor: each has all of it, a share of its rows, or a share of its columns."""

@@ -12,10 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from llama_vision.checkpoint import download, find_shards
-from llama_vision.cli import EXIT_INTERRUPTED, EXIT_USAGE
+from llama_vision.checkpoint.loading import download, find_shards
+from llama_vision.cli.main import EXIT_INTERRUPTED, EXIT_USAGE
 from llama_vision.config import LlamaVisionError
-from llama_vision.fitting import human_bytes
+from llama_vision.memory.fit import human_bytes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

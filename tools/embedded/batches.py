@@ -18,7 +18,7 @@ from embedded.sampling import sample_page, sample_scene
 from embedded.scenes import Scene
 from embedded.sources import Sources
 from embedded.talk import NO_PICTURE, SMALL_TALK, SYSTEM_MESSAGES
-from llama_vision.image import tile_image
+from llama_vision.inputs.image import tile_image
 
 
 @dataclass

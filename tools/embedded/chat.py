@@ -13,8 +13,8 @@ from embedded.questions import ask
 from embedded.sampling import sample_scene
 from embedded.sources import Sources
 from embedded.talk import NO_PICTURE, SMALL_TALK, SYSTEM_MESSAGES
-from llama_vision.chat import chat_prompt
-from llama_vision.tokenizer import SPECIAL_TOKENS, Pieces, Tokenizer
+from llama_vision.inputs.chat import chat_prompt
+from llama_vision.inputs.tokenizer import SPECIAL_TOKENS, Pieces, Tokenizer
 
 ANY_IMAGE = Image.new("RGB", (1, 1))
 """Stands for a picture where only its place in the text matters."""

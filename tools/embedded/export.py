@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from embedded.chat import Chat
-from llama_vision.checkpoint import official_names
-from llama_vision.image import MEAN, STD
-from llama_vision.model import LlamaVisionModel
+from llama_vision.checkpoint.loading import official_names
+from llama_vision.inputs.image import MEAN, STD
+from llama_vision.model.model import LlamaVisionModel
 
 
 def export(model: LlamaVisionModel, chat: Chat, folder: Path) -> None:

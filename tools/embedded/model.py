@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from embedded.drawing import IGNORED, LABELS
+from llama_vision.cache.visual_tokens import VisualTokens
 from llama_vision.config import Config, RopeScaling, TextConfig, VisionConfig
-from llama_vision.model import LlamaVisionModel
-from llama_vision.vision import VisionEncoder
-from llama_vision.visual import VisualTokens
+from llama_vision.model.model import LlamaVisionModel
+from llama_vision.model.vision import VisionEncoder
 
 TILE, PATCH, MAX_TILES = 112, 14, 4
 

@@ -7,7 +7,7 @@ pixels come from. Lengths are picture pixels.
 from dataclasses import dataclass, field
 
 from embedded.sources import RGB, Face
-from llama_vision.image import choose_grid, fit_inside
+from llama_vision.inputs.image import choose_grid, fit_inside
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "cross", "rectangle")
 

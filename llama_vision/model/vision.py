@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_vision.config import VisionConfig
-from llama_vision.layers import Linear, attend, merge_heads, split_heads
+from llama_vision.model.layers import Linear, attend, merge_heads, split_heads
 
 TOKENS_MULTIPLE = 8
 """Each tile's tokens are padded to a multiple of this.

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from llama_vision.cache import Cache
-from llama_vision.checkpoint import choose_device, choose_dtype, load_config
+from llama_vision.cache.kv import Cache
+from llama_vision.checkpoint.loading import choose_device, choose_dtype, load_config
 from llama_vision.config import OFFICIAL_SIZES, Config, LlamaVisionError, SettingError
-from llama_vision.memory import Workload, plan_run, visual_counts, weight_parts
+from llama_vision.memory.plan import Workload, plan_run, visual_counts, weight_parts
 
 
 class MemoryLimitError(LlamaVisionError):

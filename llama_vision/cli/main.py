@@ -10,16 +10,8 @@ from typing import Any, NoReturn
 
 from PIL.Image import Image
 
-from llama_vision.chat import Prompt, PromptError, chat_prompt, completion_prompt, place_images
-from llama_vision.checkpoint import choose_dtype, load_config, parse_device
-from llama_vision.config import LlamaVisionError
-from llama_vision.decoding import Generation
-from llama_vision.fitting import check_before_download
-from llama_vision.generation import LlamaVision, check_max_new_tokens
-from llama_vision.image import open_image
-from llama_vision.memory import PREFILL_CHUNK
-from llama_vision.planning import DEFAULT_SEQ_LEN, workload_alike
-from llama_vision.pruning import (
+from llama_vision.api import LlamaVision, check_max_new_tokens
+from llama_vision.cache.pruning import (
     KeyNorm,
     LastQuery,
     Pruner,
@@ -29,15 +21,29 @@ from llama_vision.pruning import (
     TrimmedLlama,
     UniformGrid,
 )
-from llama_vision.reporting import format_stats, make_report, print_plan
-from llama_vision.sampling import Sampling
-from llama_vision.stepping import check_compiler
-from llama_vision.tokenizer import PlainBytes
+from llama_vision.checkpoint.loading import choose_dtype, load_config, parse_device
+from llama_vision.cli.reports import format_stats, make_report, print_plan
+from llama_vision.config import LlamaVisionError
+from llama_vision.engine.decode import check_compiler
+from llama_vision.engine.engine import Generation
+from llama_vision.engine.sampling import Sampling
+from llama_vision.inputs.chat import (
+    Prompt,
+    PromptError,
+    chat_prompt,
+    completion_prompt,
+    place_images,
+)
+from llama_vision.inputs.image import open_image
+from llama_vision.inputs.tokenizer import PlainBytes
+from llama_vision.memory.fit import check_before_download
+from llama_vision.memory.largest import DEFAULT_SEQ_LEN, workload_alike
+from llama_vision.memory.plan import PREFILL_CHUNK
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
-EMBEDDED_MODEL = Path(__file__).resolve().parent.parent / "weights" / "pico"
+EMBEDDED_MODEL = Path(__file__).resolve().parents[2] / "weights" / "pico"
 """The small trained model beside the package, in a checkout."""
 
 PRUNERS = {

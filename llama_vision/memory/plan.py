@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llama_vision.cache import Cache
+from llama_vision.cache.kv import Cache
+from llama_vision.cache.pruning import PruningError, best_ranks
+from llama_vision.cache.visual_tokens import VisualTokens, find_stretches
 from llama_vision.config import Config
-from llama_vision.image import TiledImage
-from llama_vision.model import LlamaVisionModel, model_without_weights
-from llama_vision.pruning import PruningError, best_ranks
-from llama_vision.sampling import Sampling
-from llama_vision.visual import VisualTokens, find_stretches
+from llama_vision.engine.sampling import Sampling
+from llama_vision.inputs.image import TiledImage
+from llama_vision.model.model import LlamaVisionModel, model_without_weights
 
 Grid = tuple[int, int]
 

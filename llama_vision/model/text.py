@@ -10,12 +10,20 @@ from itertools import count
 import torch
 from torch import Tensor, nn
 
-from llama_vision.cache import Cache
+from llama_vision.cache.kv import Cache
+from llama_vision.cache.pruning import Pruner
+from llama_vision.cache.visual_tokens import VisualTokens
 from llama_vision.config import EXTRA_EMBEDDINGS, TextConfig
-from llama_vision.layers import GatedMLP, Linear, RMSNorm, attend, merge_heads, rotate, split_heads
-from llama_vision.passes import TextChunk, TextPass, VisualChunk, VisualPass, in_chunks
-from llama_vision.pruning import Pruner
-from llama_vision.visual import VisualTokens
+from llama_vision.engine.prefill import TextChunk, TextPass, VisualChunk, VisualPass, in_chunks
+from llama_vision.model.layers import (
+    GatedMLP,
+    Linear,
+    RMSNorm,
+    attend,
+    merge_heads,
+    rotate,
+    split_heads,
+)
 
 
 class TextDecoder(nn.Module):

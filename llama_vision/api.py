@@ -10,13 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_vision.chat import Prompt, PromptError, chat_prompt
-from llama_vision.checkpoint import choose_device, choose_dtype, find_checkpoint, load_model
+from llama_vision.cache.pruning import Pruner, PruningError
+from llama_vision.checkpoint.loading import choose_device, choose_dtype, find_checkpoint, load_model
 from llama_vision.config import Config, SettingError
-from llama_vision.decoding import Completion, Generation
-from llama_vision.fitting import check_before_download, check_run_fits, check_weights_fit
-from llama_vision.image import TiledImage, choose_grid, tile_image
-from llama_vision.memory import (
+from llama_vision.engine.decode import check_compiler
+from llama_vision.engine.engine import Completion, Generation
+from llama_vision.engine.sampling import Sampling
+from llama_vision.inputs.chat import Prompt, PromptError, chat_prompt
+from llama_vision.inputs.image import TiledImage, choose_grid, tile_image
+from llama_vision.inputs.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+from llama_vision.memory.fit import check_before_download, check_run_fits, check_weights_fit
+from llama_vision.memory.plan import (
     PREFILL_CHUNK,
     MemoryPlan,
     Workload,
@@ -25,11 +29,7 @@ from llama_vision.memory import (
     visual_counts,
     visual_needs,
 )
-from llama_vision.model import LlamaVisionModel, model_without_weights
-from llama_vision.pruning import Pruner, PruningError
-from llama_vision.sampling import Sampling
-from llama_vision.stepping import check_compiler
-from llama_vision.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+from llama_vision.model.model import LlamaVisionModel, model_without_weights
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -180,7 +180,7 @@ class LlamaVision:
             max_new_tokens: most tokens to make for each prompt.
             temperature, top_p, top_k: None for the checkpoint's own; temperature 0 is greedy.
             seed: of the random draws, the same for every sample; None for a new one each time.
-            pruner: chooses which visual tokens to keep, see `llama_vision.pruning`; None keeps all.
+            pruner: chooses which visual tokens to keep, see `cache.pruning`; None keeps all.
             visual_budget: most visual tokens of each sample to keep, as a count or (a float) as a
                 fraction of them; the cache is allocated for exactly that.
             ignore_stop: go on past stop tokens.

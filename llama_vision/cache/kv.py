@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llama_vision.cache.visual_tokens import Stretch
 from llama_vision.config import LlamaVisionError, TextConfig
-from llama_vision.visual import Stretch
 
 
 class CacheError(LlamaVisionError):

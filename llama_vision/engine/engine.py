@@ -10,16 +10,16 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from llama_vision.cache import Cache
-from llama_vision.chat import Prompt
-from llama_vision.image import TiledImage
-from llama_vision.memory import Ledger, Workload
-from llama_vision.model import LlamaVisionModel
-from llama_vision.pruning import Pruner
-from llama_vision.sampling import Sampling
-from llama_vision.stepping import Stepper
-from llama_vision.tokenizer import TextStream, Tokenizer
-from llama_vision.visual import VisualTokens
+from llama_vision.cache.kv import Cache
+from llama_vision.cache.pruning import Pruner
+from llama_vision.cache.visual_tokens import VisualTokens
+from llama_vision.engine.decode import Stepper
+from llama_vision.engine.sampling import Sampling
+from llama_vision.inputs.chat import Prompt
+from llama_vision.inputs.image import TiledImage
+from llama_vision.inputs.tokenizer import TextStream, Tokenizer
+from llama_vision.memory.plan import Ledger, Workload
+from llama_vision.model.model import LlamaVisionModel
 
 
 class VisualCounts(NamedTuple):

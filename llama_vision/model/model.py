@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from llama_vision.cache import Cache
+from llama_vision.cache.kv import Cache
+from llama_vision.cache.pruning import Pruner
+from llama_vision.cache.visual_tokens import TOKENS_AT_ONCE, VisualTokens
 from llama_vision.config import Config, VisionConfig
-from llama_vision.image import TiledImage
-from llama_vision.layers import Linear
-from llama_vision.pruning import Pruner
-from llama_vision.text import TextDecoder
-from llama_vision.vision import VisionEncoder
-from llama_vision.visual import TOKENS_AT_ONCE, VisualTokens
+from llama_vision.inputs.image import TiledImage
+from llama_vision.model.layers import Linear
+from llama_vision.model.text import TextDecoder
+from llama_vision.model.vision import VisionEncoder
 
 
 class LlamaVisionModel(nn.Module):
@@ -88,7 +88,7 @@ class LlamaVisionModel(nn.Module):
                 it is used up: its features are freed once the last block has read them.
             lengths: real tokens of each sample; S for all if not given.
             cache: what came before; receives these rows and is advanced by `lengths`.
-            pruner: chooses among the visual tokens, see `llama_vision.pruning`.
+            pruner: chooses among the visual tokens, see `llama_vision.cache.pruning`.
             prefill_chunk: most rows, of all samples, that go through a block at once, which bounds
                 the memory of long prompts; only with a cache. None for all of them.
             last_row_only: logits of each sample's last real row only.

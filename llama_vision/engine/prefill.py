@@ -5,11 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from llama_vision.cache import Cache
-from llama_vision.config import TextConfig
-from llama_vision.layers import attend, attend_and_weigh, rotary_angles, rotary_frequencies
-from llama_vision.pruning import Pruner, check_keep_mask
-from llama_vision.visual import (
+from llama_vision.cache.kv import Cache
+from llama_vision.cache.pruning import Pruner, check_keep_mask
+from llama_vision.cache.visual_tokens import (
     TOKENS_AT_ONCE,
     Sight,
     Stretch,
@@ -18,6 +16,8 @@ from llama_vision.visual import (
     find_stretches,
     kept_first,
 )
+from llama_vision.config import TextConfig
+from llama_vision.model.layers import attend, attend_and_weigh, rotary_angles, rotary_frequencies
 
 Projection = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Visual features [B, V, D] to one layer's keys and values, two of [B, K, V, d]."""

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from llama_vision.cache import Cache
-from llama_vision.chat import Prompt
+from llama_vision.api import LlamaVision
+from llama_vision.cache.kv import Cache
 from llama_vision.config import Config, SettingError
-from llama_vision.decoding import Generation
-from llama_vision.fitting import human_bytes, known_free_memory, parse_bytes
-from llama_vision.generation import LlamaVision
-from llama_vision.memory import MemoryPlan, Workload, plan_run
-from llama_vision.planning import largest_settings
+from llama_vision.engine.engine import Generation
+from llama_vision.inputs.chat import Prompt
+from llama_vision.memory.fit import human_bytes, known_free_memory, parse_bytes
+from llama_vision.memory.largest import largest_settings
+from llama_vision.memory.plan import MemoryPlan, Workload, plan_run
 
 
 def make_report(

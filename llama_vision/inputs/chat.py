@@ -7,8 +7,8 @@ from typing import Any
 from PIL import Image
 
 from llama_vision.config import LlamaVisionError
-from llama_vision.image import open_image
-from llama_vision.tokenizer import Tokenizer
+from llama_vision.inputs.image import open_image
+from llama_vision.inputs.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
 IMAGE_PLACE = "<|image|>"

@@ -13,11 +13,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from llama_vision.cache import Cache, VisualStore
+from llama_vision.cache.kv import Cache, VisualStore
 from llama_vision.config import SettingError
-from llama_vision.layers import attend, rotary_angles, rotary_frequencies
-from llama_vision.model import LlamaVisionModel
-from llama_vision.text import TextDecoder
+from llama_vision.model.layers import attend, rotary_angles, rotary_frequencies
+from llama_vision.model.model import LlamaVisionModel
+from llama_vision.model.text import TextDecoder
 
 BUCKET = 256
 """Attention reads the text cache up to a multiple of this: one shape, and on CUDA one captured

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from llama_vision.cache import Cache
-from llama_vision.checkpoint import choose_dtype, load_config, parse_device
+from llama_vision.cache.kv import Cache
+from llama_vision.checkpoint.loading import choose_dtype, load_config, parse_device
 from llama_vision.config import Config, SettingError
-from llama_vision.fitting import human_bytes, largest, with_budget
-from llama_vision.memory import (
+from llama_vision.memory.fit import human_bytes, largest, with_budget
+from llama_vision.memory.plan import (
     PREFILL_CHUNK,
     MemoryPlan,
     Workload,

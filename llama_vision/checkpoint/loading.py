@@ -20,7 +20,7 @@ from llama_vision.config import (
     SettingError,
     official_config,
 )
-from llama_vision.model import LlamaVisionModel, model_without_weights
+from llama_vision.model.model import LlamaVisionModel, model_without_weights
 
 NAME_TABLE = (
     # ours               published in 2024                  newer files

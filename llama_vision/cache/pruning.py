@@ -16,8 +16,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from llama_vision.cache.visual_tokens import VisualTokens
 from llama_vision.config import LlamaVisionError
-from llama_vision.visual import VisualTokens
 
 Votes = Literal["all", "after", "last"]
 

@@ -1,0 +1,1 @@
+"""Keys and values: the static store (kv), what it holds of images (visual_tokens), and pruning."""

@@ -1,0 +1,1 @@
+"""What runs the model: prefill, decoding, sampling, and the engine that ties them together."""

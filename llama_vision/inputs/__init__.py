@@ -1,0 +1,1 @@
+"""What goes in: pictures become tiles, text becomes token ids, conversations become prompts."""

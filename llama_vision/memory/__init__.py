@@ -1,0 +1,1 @@
+"""Memory: the plan before a run, what would fit, and the ledger after."""

@@ -1,0 +1,1 @@
+"""The architecture: read layers, vision, text, model, in this order."""
