@@ -1,15 +1,15 @@
 """Llama-3.2-Vision in pure PyTorch, exact and readable.
 
-Read in this order: config, image, tokenizer, chat; then the model from the inside out: layers,
-visual, vision, cache, pruning, passes, text, model; then what it takes: memory, fitting, planning;
-then what runs it: checkpoint, sampling, stepping, decoding, generation, reporting, cli.
+Read in this order: config; then model/ (layers, vision, text, model), the architecture; cache/
+(kv, visual_tokens, pruning), what it remembers of text and pictures; inputs/, what goes in; engine/
+(segments, prefill, decode, sampling, engine), what runs it; then memory/, checkpoint/, api, cli/.
 
 Letters for dimensions, the same everywhere:
-    B  batch                          S  text rows of this pass        L  text rows cached
+    B  slots                          S  text rows of this forward     L  text rows cached
     T  tile slots of an image         t  its real tiles                P  tokens of a tile
-    V  visual tokens of a sample      N  images                        n  tokens of an image's slots
+    V  visual tokens of a group       N  images                        n  tokens of an image's slots
     E  vision width                   D  text width                    d  width of a head
-    H  query heads                    K  key/value heads
+    H  query heads                    K  key/value heads               c  rows of a chunk
 """
 
 import warnings
@@ -29,14 +29,17 @@ from llama_vision.cache.pruning import (
 )
 from llama_vision.cache.visual_tokens import VisualTokens
 from llama_vision.config import Config, LlamaVisionError
-from llama_vision.engine.engine import Completion
+from llama_vision.engine.engine import Engine
+from llama_vision.engine.request import Completion, Request
+from llama_vision.engine.settings import Settings
 from llama_vision.inputs.chat import Prompt
-from llama_vision.memory.largest import plan_memory
-from llama_vision.memory.plan import MemoryPlan
+from llama_vision.inputs.image import tile_image
+from llama_vision.memory.plan import MemoryPlan, plan_memory
 
 __all__ = [
     "Completion",
     "Config",
+    "Engine",
     "KeyNorm",
     "LastQuery",
     "LlamaVision",
@@ -45,9 +48,12 @@ __all__ = [
     "Prompt",
     "Pruner",
     "RandomTokens",
+    "Request",
+    "Settings",
     "TopK",
     "TrimmedLlama",
     "UniformGrid",
     "VisualTokens",
     "plan_memory",
+    "tile_image",
 ]

@@ -5,11 +5,12 @@ import json
 import lzma
 import random
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,14 +19,15 @@ from PIL import Image
 from safetensors.torch import load
 from stub_hub import StubHub
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.profiler import ProfilerActivity, profile
 
-from llama_vision import LlamaVision, Prompt
+from llama_vision import Completion, LlamaVision, Prompt
 from llama_vision.cache.kv import Cache
 from llama_vision.cache.pruning import Pruner
 from llama_vision.cache.visual_tokens import VisualTokens
 from llama_vision.config import official_config
+from llama_vision.engine.decode import Decoder
+from llama_vision.engine.prefill import prefill
 from llama_vision.inputs.image import TiledImage, tile_image
 from llama_vision.inputs.tokenizer import Tokenizer, load_tokenizer
 from llama_vision.model.model import LlamaVisionModel
@@ -91,97 +93,90 @@ def llama_3_file() -> Path:
     return Path(package.submodule_search_locations[0]) / "llama3" / "tokenizer.model"
 
 
-def new_cache(model: LlamaVisionModel, batch: int, *, text: int = 64, images: int = 4) -> Cache:
-    """A cache with room for `text` rows and `images` images of all tiles."""
-    vision = model.config.vision
+def case_inputs(case: str) -> list[tuple[list[int], list[TiledImage]]]:
+    """Token ids and tiled images of each prompt of a golden case."""
+    ids = [list(prompt.token_ids) for prompt in case_prompts(case)]
+    return list(zip(ids, case_images(case), strict=True))
+
+
+def new_cache(
+    model: LlamaVisionModel, slots: int = 1, *, text: int = 64, visual: int | None = 512
+) -> Cache:
+    """A cache with room for `text` rows and `visual` tokens in each slot."""
     return Cache(
         model.config.text,
-        batch=batch,
+        slots=slots,
         max_text_tokens=text,
-        visual_capacity=images * vision.max_num_tiles * vision.tokens_per_tile,
+        visual_capacity=visual,
         dtype=model.dtype,
     )
 
 
-@torch.inference_mode()
-def run_batch(
-    model: LlamaVisionModel,
-    token_ids: list[list[int]],
-    images: list[list[TiledImage]],
-    cache: Cache | None = None,
-    pruner: Pruner | None = None,
-) -> list[Tensor]:
-    """One pass over the next rows of each sample: the logits of those rows, without padding."""
-    lengths = [len(ids) for ids in token_ids]
-    padded = pad_sequence([torch.tensor(ids) for ids in token_ids], batch_first=True)
-    visual = model.encode_images(images)
-    logits = model(padded, visual, lengths=lengths, cache=cache, pruner=pruner)
-    return [row[:length] for row, length in zip(logits, lengths, strict=True)]
-
-
-@dataclass
-class Said:
-    """All that one sample of a conversation has been given, and what came out."""
-
-    token_ids: list[int] = field(default_factory=list)
-    images: list[TiledImage] = field(default_factory=list)
-    kept: list[Tensor] = field(default_factory=list)
-    passes: list[int] = field(default_factory=list)
-    logits: list[Tensor] = field(default_factory=list)
+def cache_tensors(cache: Cache) -> list[Tensor]:
+    """All keys and values of both stores."""
+    stores = (cache.text, cache.visual)
+    return [tensor for store in stores for tensor in (*store.keys, *store.values)]
 
 
 class Conversation:
-    """A batch that goes on over several passes, with the notes that an oracle needs."""
+    """A slot that is filled turn after turn, with the notes that an oracle needs.
 
-    def __init__(self, model: LlamaVisionModel, batch: int, **sizes: int):
-        self.model = model
-        self.cache = new_cache(model, batch, **sizes)
-        self.samples = [Said() for _ in range(batch)]
+    Args:
+        cache: None for one of its own, of `sizes` for `new_cache`.
+    """
 
-    def random_turn(self, draw: random.Random) -> tuple[list[list[int]], list[list[TiledImage]]]:
-        """New rows and images for every sample; none of either for some."""
-        config = self.model.config
-        token_ids, images = [], []
-        for said in self.samples:
-            count = draw.choice([0, 1, 1, 2])
-            new = random_token_ids(config, count, count + draw.randint(0, 5), draw)
-            if said.token_ids[-1:] == new[:1] == [config.text.image_token_id]:
-                new.insert(0, 0)  # a pass begins a new group of images
-            token_ids.append(new)
-            images.append(random_images(config, count, draw))
-        token_ids[0] = token_ids[0] or [1]
-        return token_ids, images
+    def __init__(
+        self, model: LlamaVisionModel, cache: Cache | None = None, slot: int = 0, **sizes: Any
+    ):
+        self.model, self.slot = model, slot
+        self.cache = new_cache(model, **sizes) if cache is None else cache
+        self.token_ids: list[int] = []
+        self.images: list[TiledImage] = []
+        self.kept: list[Tensor] = []
+        self.passes: list[int] = []
+        self.logits: list[Tensor] = []
 
-    @torch.inference_mode()
-    def go_on(
+    @property
+    def held(self) -> list[int]:
+        """Visual tokens that each cross-attention layer holds."""
+        return [lengths[self.slot] for lengths in self.cache.visual.lengths]
+
+    def go_on(self, token_ids: list[int], images: Sequence[TiledImage] = (), **how: Any) -> Tensor:
+        """Prefill the next rows, see `prefill`; their logits [S, vocabulary]."""
+        how = {"every_row": True, **how}
+        logits, kept = prefill(self.model, self.cache, self.slot, token_ids, images, **how)
+        self.note(token_ids, logits, images, kept)
+        return logits
+
+    def note(
         self,
-        token_ids: list[list[int]],
-        images: list[list[TiledImage]] | None = None,
-        pruner: Pruner | None = None,
-        prefill_chunk: int | None = None,
-    ) -> VisualTokens | None:
-        """One pass; returns the visual tokens that it used up."""
-        images = images or [[] for _ in token_ids]
-        lengths = [len(ids) for ids in token_ids]
-        padded = pad_sequence([torch.tensor(ids).long() for ids in token_ids], batch_first=True)
-        visual = self.model.encode_images(images)
-        logits = self.model(
-            padded,
-            visual,
-            lengths=lengths,
-            cache=self.cache,
-            pruner=pruner,
-            prefill_chunk=prefill_chunk,
-        )
-        kept = visual.kept_of_images() if visual else images
-        for said, *new in zip(self.samples, token_ids, images, kept, logits, strict=True):
-            rows = len(new[0])
-            said.token_ids += new[0]
-            said.images += new[1]
-            said.kept += new[2]
-            said.passes.append(rows)
-            said.logits.append(new[3][:rows])
-        return visual
+        token_ids: Sequence[int],
+        logits: Tensor,
+        images: Sequence[TiledImage] = (),
+        kept: Sequence[Tensor] = (),
+    ) -> None:
+        """Note what went in and what came out."""
+        self.token_ids += token_ids
+        self.images += images
+        self.kept += kept
+        self.passes.append(len(token_ids))
+        self.logits.append(logits)
+
+    def random_turn(self, draw: random.Random) -> tuple[list[int], list[TiledImage]]:
+        """Next rows, with none to three images in groups."""
+        config = self.model.config
+        count = draw.choice([0, 1, 1, 2, 3])
+        new = random_token_ids(config, count, count + draw.randint(1, 6), draw)
+        if self.token_ids[-1:] == new[:1] == [config.text.image_token_id]:
+            new.insert(0, 0)  # a pass begins a new group of images
+        return new, random_images(config, count, draw)
+
+
+def decode(decoder: Decoder, tokens: dict[Conversation, int]) -> None:
+    """One step for some conversations of one cache."""
+    logits = decoder.step({said.slot: token for said, token in tokens.items()})
+    for said, token in tokens.items():
+        said.note([token], logits[said.slot][None].clone())
 
 
 @dataclass(frozen=True)
@@ -208,7 +203,21 @@ class Spy:
     def __call__(self, saliency: Tensor, visual: VisualTokens) -> Tensor:
         self.saliencies.append(saliency)
         self.visuals.append(replace(visual))
-        return self.pruner(saliency, visual) if self.pruner else visual.valid
+        return self.pruner(saliency, visual) if self.pruner else torch.ones_like(visual.is_class)
+
+
+def random_pruner(draw: random.Random, **attributes: Any) -> Pruner:
+    """A pruner that keeps few or many tokens by chance, one at least, and has some attributes."""
+    generator = torch.Generator().manual_seed(draw.randrange(2**31))
+    share = draw.choice([0.02, 0.1, 0.5, 0.9])
+
+    def prune(saliency: Tensor, visual: VisualTokens) -> Tensor:
+        mask = torch.rand(len(visual.image), generator=generator) < share
+        mask[draw.randrange(len(mask))] = True
+        return mask
+
+    vars(prune).update(attributes)
+    return prune
 
 
 def live_bytes(run: Callable[[], object]) -> list[int]:
@@ -227,6 +236,16 @@ def assert_close(name: str, got: Tensor, want: Tensor, most: float) -> None:
     worst = difference.max().item() if difference.numel() else 0.0
     place = torch.unravel_index(difference.argmax(), difference.shape) if worst else ()
     assert worst <= most, f"{name}: off by {worst:.2e} at {[int(i) for i in place]}, allowed {most}"
+
+
+def assert_same(got: Completion, want: Completion) -> None:
+    """Two completions of the same, with other neighbours or of other turns."""
+    assert (got.token_ids, got.text) == (want.token_ids, want.text)
+    assert got.finish_reason == want.finish_reason
+    assert got.visual_tokens == want.visual_tokens
+    assert_close("logprobs", torch.tensor(got.logprobs), torch.tensor(want.logprobs), 1e-4)
+    assert len(got.kept) == len(want.kept)
+    assert all(map(torch.equal, got.kept, want.kept))
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """The slow, obvious model that the package is compared with, and random models to compare.
 
-One sample at a time, in float64, with loops and full masks: tiles stay in Meta's order, padding
+One prompt at a time, in float64, with loops and full masks: tiles stay in Meta's order, padding
 included, heads one after the other, visibility as a matrix. Nothing here comes from the package
 but the config and the names of the weights.
 """
@@ -17,17 +17,21 @@ from llama_vision.inputs.image import TiledImage
 from llama_vision.model.model import LlamaVisionModel
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
-    """q [H, S, d], k and v [K, L, d], allowed [S, L] -> [H, S, d]; zero where nothing is."""
-    out = torch.zeros_like(q)
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+    """q [H, S, d], k and v [K, L, d], allowed [S, L] -> [H, S, d], and probabilities [H, S, L].
+
+    Both are zero where nothing is allowed.
+    """
+    out, shares = torch.zeros_like(q), q.new_zeros(*q.shape[:2], k.shape[1])
     for head in range(len(q)):
         shared = head // (len(q) // len(k))
         for row in range(q.shape[1]):
             seen = allowed[row].nonzero().flatten()
             if len(seen):
                 scores = k[shared, seen] @ q[head, row] / math.sqrt(q.shape[-1])
-                out[head, row] = scores.softmax(0) @ v[shared, seen]
-    return out
+                shares[head, row, seen] = scores.softmax(0)
+                out[head, row] = shares[head, row, seen] @ v[shared, seen]
+    return out, shares
 
 
 def visible_images(token_ids: list[int], image_id: int) -> list[set[int]]:
@@ -49,9 +53,11 @@ class Oracle:
     def __init__(self, model: LlamaVisionModel):
         self.config = model.config
         self.weights = {name: value.double() for name, value in model.state_dict().items()}
+        self.shares: list[Tensor] = []
+        """Attention [H, S, V] of each cross-attention block of the last run."""
 
     def logits(self, token_ids: list[int], images: list[TiledImage]) -> Tensor:
-        """[S, vocabulary] of one sample."""
+        """[S, vocabulary] of one prompt."""
         text = self.config.text
         features = [self.project(image) for image in images]
         seen = visible_images(token_ids, text.image_token_id)
@@ -63,7 +69,7 @@ class Oracle:
         """Logits from each image's tokens, and for each cross-attention block its mask [S, V]."""
         text = self.config.text
         h = self.weights["text.embed_tokens.weight"][token_ids]
-        masks = iter(visible)
+        masks, self.shares = iter(visible), []
         for index in range(text.num_hidden_layers):
             name = f"text.layers.{index}"
             if index not in text.cross_attention_layers:
@@ -81,7 +87,7 @@ class Oracle:
         return self.linear("projector", self.encode(image))
 
     def encode(self, image: TiledImage) -> Tensor:
-        """Features of all tile slots: [T, P, E · (1 + taps)]."""
+        """Features of all tile slots: [T, P, E · (1 + intermediate layers)]."""
         vision = self.config.vision
         slots, real, tokens = vision.max_num_tiles, len(image.pixels), vision.tokens_per_tile
         id_ = vision.grids.index(image.grid) + 1
@@ -107,17 +113,17 @@ class Oracle:
         ).flatten()
         allowed = ~(is_padding[:, None] & is_padding[None, :])
         x = x.flatten(0, 1)
-        taps = []
+        intermediate = []
         for index in range(vision.num_hidden_layers):
             if index in vision.intermediate_layers_indices:
-                taps.append(x)
+                intermediate.append(x)
             x = self.vision_block(f"vision.transformer.layers.{index}", x, allowed)
         x = self.layer_norm("vision.layernorm_post", x).view(slots, padded, -1)
         x = (x + self.tile_embedding("post", id_)).flatten(0, 1)
         for index in range(vision.num_global_layers):
             x = self.vision_block(f"vision.global_transformer.layers.{index}", x, allowed)
-        if taps:
-            x = torch.cat([x, torch.stack(taps, dim=-1).flatten(1)], dim=-1)
+        if intermediate:
+            x = torch.cat([x, torch.stack(intermediate, dim=-1).flatten(1)], dim=-1)
         return x.view(slots, padded, -1)[:, :tokens]
 
     def patches(self, tile: Tensor) -> Tensor:
@@ -158,7 +164,7 @@ class Oracle:
         k = self.rotate(self.heads(f"{name}.self_attn.k_proj", y, text.num_key_value_heads))
         v = self.heads(f"{name}.self_attn.v_proj", y, text.num_key_value_heads)
         causal = torch.ones(len(x), len(x), dtype=torch.bool).tril()
-        out = masked_attention(q, k, v, causal).transpose(0, 1).flatten(1)
+        out = masked_attention(q, k, v, causal)[0].transpose(0, 1).flatten(1)
         x = x + self.linear(f"{name}.self_attn.o_proj", out)
         return x + self.gated_mlp(name, x)
 
@@ -172,8 +178,10 @@ class Oracle:
         v = self.heads(f"{name}.cross_attn.v_proj", tokens, text.num_key_value_heads)
         q = self.rms_norm(f"{name}.cross_attn.q_norm", q)
         k = self.rms_norm(f"{name}.cross_attn.k_norm", k)
-        out = masked_attention(q, k, v, visible).transpose(0, 1).flatten(1)
+        out, shares = masked_attention(q, k, v, visible)
+        self.shares.append(shares)
         sees_any = visible.any(1, keepdim=True)
+        out = out.transpose(0, 1).flatten(1)
         attention = self.linear(f"{name}.cross_attn.o_proj", out) * sees_any
         x = x + self.weights[f"{name}.cross_attn_attn_gate"].tanh() * attention
         hidden = self.gated_mlp(name, x) * sees_any
@@ -241,7 +249,7 @@ class MaskedOracle(Oracle):
         passes: list[int],
         trim_first_layer: bool = True,
     ) -> Tensor:
-        """[S, vocabulary] of one sample that was run in passes; for the arguments see masks."""
+        """[S, vocabulary] of a conversation that was run in passes; for the rest see masks."""
         first, later = self.masks(token_ids, images, kept, passes, trim_first_layer)
         features = [self.project_slots(image).flatten(0, 1) for image in images]
         others = len(self.config.text.cross_attention_layers) - 1
@@ -287,11 +295,11 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
 
 
 def random_config(seed: int) -> Config:
-    """A small model of random sizes; seeds vary heads, taps, tiles, blocks and rotary scaling."""
+    """A small model of random sizes; seeds vary heads, blocks, tiles and rotary scaling."""
     draw = random.Random(seed)
     vision_layers = draw.randint(1, 4)
-    taps = {*draw.sample(range(vision_layers), draw.randint(0, vision_layers))}
-    taps |= {0} if draw.random() < 0.5 else set()
+    intermediate = {*draw.sample(range(vision_layers), draw.randint(0, vision_layers))}
+    intermediate |= {0} if draw.random() < 0.5 else set()
     vision_heads, patch = draw.choice([1, 2, 3]), draw.choice([2, 3])
     vision = VisionConfig(
         hidden_size=vision_heads * draw.choice([4, 6, 8]),
@@ -299,7 +307,7 @@ def random_config(seed: int) -> Config:
         intermediate_size=draw.randint(8, 40),
         num_hidden_layers=vision_layers,
         num_global_layers=draw.randint(0, 2),
-        intermediate_layers_indices=tuple(sorted(taps)),
+        intermediate_layers_indices=tuple(sorted(intermediate)),
         image_size=patch * draw.choice([2, 3, 4]),
         patch_size=patch,
         max_num_tiles=draw.choice([1, 2, 4, 6]),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import TINY
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools" / "bench"))
 
 from limits import decode_bytes, encode_operations, prefill_operations
 from models import middle_config
@@ -17,12 +17,13 @@ from models import middle_config
 from llama_vision.config import official_config
 from llama_vision.model.model import model_without_weights
 
-SCRIPT = Path(__file__).parents[1] / "tools" / "benchmark.py"
+ROOT = Path(__file__).parents[1]
 
 
-def run_benchmark(*arguments):
-    command = [sys.executable, str(SCRIPT), str(TINY), "--threads", "1"]
-    command += ["--rounds", "2", "--new-tokens", "4", "--prompt-tokens", "12", *arguments]
+def run_benchmark(*arguments, script="benchmark.py", new_tokens=("4",)):
+    command = [sys.executable, str(ROOT / "tools" / "bench" / script), str(TINY)]
+    command += ["--threads", "1", "--rounds", "2", "--prompt-tokens", "12"]
+    command += ["--new-tokens", *new_tokens, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads(done.stdout.splitlines()[-1])
@@ -49,6 +50,8 @@ def test_a_dry_run_measures_every_metric():
         assert full - half == visual / 2
     assert len(document["loading"]["ours"]) == 2
     assert document["versions"]["torch"] == torch.__version__
+    assert f"{document['processor']}, " in words.splitlines()[0]
+    assert document["processor"].endswith("AMX")
 
 
 def test_growth_is_plotted(tmp_path):
@@ -56,6 +59,23 @@ def test_growth_is_plotted(tmp_path):
     _, document = run_benchmark("--growth", str(tmp_path / "curve.png"))
     assert (tmp_path / "curve.png").stat().st_size > 0
     assert {row["kind"] for row in document["rows"]} == {"text", "images"}
+
+
+def test_throughput_is_that_of_two_checkouts_in_turns():
+    words, document = run_benchmark(
+        *("--prompts", "5", "--slots", "2", "--tiles", "4", "--package", str(ROOT)),
+        script="throughput.py",
+        new_tokens=("2", "6"),
+    )
+    assert 10 <= document["tokens"] <= 30
+    for name in ("this", "other"):
+        assert len(document[name]["seconds"]) == 2
+        first = document[name]["first_token"]
+        assert len(first) == 5
+        assert max(first[:2]) < min(first[2:])  # three wait for a slot
+    assert document["ratio"] > 0
+    assert document["same_answers"] == 5
+    assert "5 of 5 answers are the same" in words
 
 
 # The limits

@@ -2,7 +2,7 @@ import pytest
 from conftest import golden_json
 from PIL import Image
 
-from llama_vision.cache.visual_tokens import find_stretches
+from llama_vision.engine.segments import cut_into_segments
 from llama_vision.inputs.chat import PromptError, chat_prompt, completion_prompt, place_images
 from llama_vision.inputs.image import ImageError
 
@@ -25,10 +25,11 @@ def with_images(content):
 
 def ranges(token_ids):
     """Which rows see each image, as the reference writes it: [start, end), -1 for an open end."""
-    found = [[s.rows.start, None] for s in find_stretches(token_ids, IMAGE)]
-    for stretch in find_stretches(token_ids, IMAGE):
-        for image in range(stretch.images.start, stretch.images.stop):
-            found[image][1] = stretch.rows.stop
+    found = [
+        [segment.rows[row], segment.rows.stop]
+        for segment in cut_into_segments(token_ids, IMAGE)
+        for row in segment.image_rows
+    ]
     if len(found) == 1:
         found[0][1] = -1  # the reference leaves a single image's end open
     return found

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from stub_hub import REPO, StubHub
 
 from llama_vision import Prompt
+from llama_vision.cli.arguments import PRUNERS
 from llama_vision.cli.main import EXIT_INTERRUPTED, main
 from llama_vision.inputs.chat import chat_prompt
 from llama_vision.inputs.image import open_image
@@ -49,13 +51,13 @@ def refused(capsys, *arguments: str) -> str:
     return messages[0]
 
 
+# A process of its own
+
+
 def run(*arguments: str, **how) -> subprocess.CompletedProcess:
-    """Run generate.py in a process of its own."""
+    """Run generate.py."""
     command = [sys.executable, str(ROOT / "generate.py"), *arguments]
     return subprocess.run(command, capture_output=True, check=False, **how)
-
-
-# A process of its own
 
 
 def test_a_picture_and_a_question_end_to_end(tmp_path, tiny):
@@ -71,22 +73,27 @@ def test_a_picture_and_a_question_end_to_end(tmp_path, tiny):
     assert b"Traceback" not in done.stderr
 
 
-def test_ctrl_c_keeps_what_was_generated_so_far():
-    endless = ("--prompt", "Go on", "--max-new-tokens", "100000", "--temperature", "1")
+def talking(*arguments: str, **how) -> subprocess.Popen:
+    """generate.py in a process of its own, in the middle of a long answer."""
+    command = [sys.executable, "generate.py", *BASE, "--prompt", "Go on", *arguments]
     process = subprocess.Popen(
-        [sys.executable, "generate.py", *BASE, *endless, "--seed", "1", "--json"],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how
+    )
+    process.begun = process.stdout.read(20)
+    return process
+
+
+def test_ctrl_c_keeps_what_was_generated_so_far():
+    process = talking(
+        *("--max-new-tokens", "100000", "--temperature", "1", "--seed", "1", "--json"),
         # A shell's background jobs ignore the signal; this one must not.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    begun = process.stdout.read(20)
     process.send_signal(signal.SIGINT)
     rest, problems = process.communicate(timeout=60)
     assert process.returncode == EXIT_INTERRUPTED
     assert b"Traceback" not in problems
-    text, _, report = (begun + rest).decode().rstrip("\n").rpartition("\n")
+    text, _, report = (process.begun + rest).decode().rstrip("\n").rpartition("\n")
     report = json.loads(report)
     assert report["finish_reason"] == "interrupted"
     assert 0 < len(report["token_ids"]) == len(report["logprobs"]) < 100_000
@@ -94,19 +101,11 @@ def test_ctrl_c_keeps_what_was_generated_so_far():
 
 
 def test_a_reader_that_has_gone_is_no_complaint():
-    process = subprocess.Popen(
-        [sys.executable, "generate.py", *BASE, "--max-new-tokens", "2000", "--prompt", "Go on"],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    process.stdout.read(1)
-    process.stdout.close()
-    problems = process.stderr.read().decode()
-    process.stderr.close()
-    process.wait(timeout=60)
-    assert "Traceback" not in problems
-    assert "BrokenPipe" not in problems
+    with talking("--max-new-tokens", "2000") as process:
+        process.stdout.close()
+        problems = process.stderr.read()
+    assert b"Traceback" not in problems
+    assert b"BrokenPipe" not in problems
 
 
 def test_a_mistake_ends_a_process_with_2_and_one_line():
@@ -136,17 +135,13 @@ FIELDS = {
 }
 
 
-def test_json_is_the_last_line_and_has_every_field(capsys):
+def test_json_is_the_last_line_and_says_what_was_done(capsys, tiny):
     report = answer(capsys, *ASK, "--image", str(PICTURE))
     for field, kind in FIELDS.items():
         if isinstance(kind, dict):
             assert {key: type(value) for key, value in report[field].items()} == kind
         else:
             assert isinstance(report[field], kind), field
-
-
-def test_json_says_what_was_done(capsys, tiny):
-    report = answer(capsys, *ASK, "--image", str(PICTURE))
     assert (report["model"], report["device"], report["dtype"]) == (str(TINY), "cpu", "float32")
     assert report["finish_reason"] == "length"
     assert len(report["token_ids"]) == len(report["logprobs"]) == 3
@@ -157,18 +152,12 @@ def test_json_says_what_was_done(capsys, tiny):
 
 
 def test_a_chat_is_the_models_own(capsys, tiny):
-    report = answer(
-        capsys, *SHORT, "--prompt", "Compare.", "--system", "Be brief.", "--image", str(PICTURE),
-        "--image", str(TALL),
-    )  # fmt: skip
+    words = ("--prompt", "Compare.", "--system", "Be brief.")
+    report = answer(capsys, *SHORT, *words, "--image", str(PICTURE), "--image", str(TALL))
     pictures = [open_image(path) for path in (PICTURE, TALL)]
-    prompt = chat_prompt(
-        [
-            {"role": "system", "content": "Be brief."},
-            {"role": "user", "content": [*pictures, "Compare."]},
-        ],
-        tiny.tokenizer,
-    )
+    system = {"role": "system", "content": "Be brief."}
+    question = {"role": "user", "content": [*pictures, "Compare."]}
+    prompt = chat_prompt([system, question], tiny.tokenizer)
     expected = tiny.generate(prompt, max_new_tokens=3, temperature=0, ignore_stop=True)
     assert report["prompt_token_ids"] == list(prompt.token_ids)
     assert report["token_ids"] == expected.token_ids
@@ -206,16 +195,15 @@ def test_text_alone_needs_no_image(capsys):
 @pytest.mark.parametrize(
     "spelling",
     [
-        ("--max-new-tokens", "5"),
-        ("--max-tokens", "5"),
-        ("--max_new_tokens", "5"),
-        ("--max_tokens=5",),
-        ("--max-new-tokens=5",),
+        "--max-new-tokens 5",
+        "--max-tokens 5",
+        "--max_new_tokens 5",
+        "--max_tokens=5",
+        "--max-new-tokens=5",
     ],
-    ids=" ".join,
 )
 def test_spellings_of_the_most_new_tokens(capsys, spelling):
-    report = answer(capsys, *BASE, "--prompt", "a_b --c_d", *spelling)
+    report = answer(capsys, *BASE, "--prompt", "a_b --c_d", *spelling.split())
     assert len(report["token_ids"]) == 5
     assert bytes(i for i in report["prompt_token_ids"] if i < 256).endswith(
         b"a_b --c_dassistant\n\n"
@@ -265,25 +253,37 @@ def test_a_stop_token_ends_the_answer_and_is_not_printed(capsys, tiny, tmp_path)
     assert report["text"] == ""
 
 
-def test_statistics_go_to_stderr(capsys):
-    assert main([*ASK, "--image", str(PICTURE), "--stats"]) == 0
-    captured = capsys.readouterr()
-    for words in (
-        "generated 3 (length)",
-        "encoded 68",
-        "planned",
-        "prefill",
-        "cpu, float32",
-    ):
-        assert words in captured.err
-        assert words not in captured.out
+@pytest.mark.parametrize("option", ["--no-graphs", "--prefill-chunk 3", "--force"])
+def test_an_option_that_changes_no_answer(capsys, option):
+    ids = [
+        answer(capsys, *ASK, "--image", str(PICTURE), *options)["token_ids"]
+        for options in ((), option.split())
+    ]
+    assert ids[0] == ids[1]
 
 
-def test_text_streams_to_stdout_alone(capsys):
-    assert main([*ASK]) == 0
-    plain = capsys.readouterr().out
-    report = answer(capsys, *ASK)
-    assert plain == report["text"] + "\n"
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "--k-ratio 0.1",
+        "--k-ratio 1 --visual-budget 7",
+        *(f"--pruner {name} --keep 0.5" for name in PRUNERS),
+        "--pruner random --keep 9 --seed 3",
+    ],
+)
+def test_a_rule_of_pruning_on_request(capsys, rule):
+    tokens = answer(capsys, *ASK, "--image", str(PICTURE), *rule.split())["visual_tokens"]
+    assert 0 < tokens["kept"] < tokens["valid"]
+
+
+def test_text_streams_to_stdout_alone_and_statistics_to_stderr(capsys):
+    ask = (*ASK, "--image", str(PICTURE))
+    assert main([*ask, "--stats"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == answer(capsys, *ask)["text"] + "\n"
+    for words in ("generated 3 (length)", "encoded 68", "planned", "prefill", "cpu, float32"):
+        assert words in printed.err
+        assert words not in printed.out
 
 
 # Pictures of every kind
@@ -293,28 +293,21 @@ def gradient(mode: str, size: tuple[int, int] = (40, 30)) -> Image.Image:
     return Image.linear_gradient("L").resize(size).convert("RGB").convert(mode)
 
 
-def save_palette(path: Path) -> None:
-    gradient("P").save(path, transparency=3)
+def save(mode: str, size: tuple[int, int] = (40, 30), **how):
+    return lambda path: gradient(mode, size).save(path, **how)
 
 
 def save_16_bit(path: Path) -> None:
     gradient("L").convert("I").point(lambda level: level * 257).convert("I;16").save(path)
 
 
-def save_rotated(path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    gradient("RGB").save(path, exif=exif)
-
-
 def save_animation(path: Path) -> None:
-    frames = [gradient("RGB"), Image.new("RGB", (40, 30), "red")]
-    frames[0].save(path, save_all=True, append_images=frames[1:])
+    red = Image.new("RGB", (40, 30), "red")
+    gradient("RGB").save(path, save_all=True, append_images=[red])
 
 
-def save(mode: str, size: tuple[int, int] = (40, 30)):
-    return lambda path: gradient(mode, size).save(path)
-
+ROTATED = Image.Exif()
+ROTATED[0x0112] = 6
 
 PICTURES = {
     "1x1": ("a.png", save("RGB", (1, 1))),
@@ -322,12 +315,12 @@ PICTURES = {
     "20000x20": ("a.png", save("RGB", (20000, 20))),
     "16-bit PNG": ("a.png", save_16_bit),
     "CMYK JPEG": ("a.jpg", save("CMYK")),
-    "palette with transparency": ("a.png", save_palette),
+    "palette with transparency": ("a.png", save("P", transparency=3)),
     "grey with alpha": ("a.png", save("LA")),
     "1-bit": ("a.png", save("1")),
     "float TIFF": ("a.tif", save("F")),
     "animated GIF": ("a.gif", save_animation),
-    "rotated by EXIF": ("a.jpg", save_rotated),
+    "rotated by EXIF": ("a.jpg", save("RGB", exif=ROTATED)),
 }
 
 
@@ -350,11 +343,6 @@ def test_16_bit_levels_are_divided_by_257(tmp_path):
     assert levels(open_image(tmp_path / "ramp.png")) == [round(n / 257) for n in range(65536)]
 
 
-def test_a_dark_16_bit_picture_stays_dark(tmp_path):
-    Image.new("I;16", (2, 2), 250).save(tmp_path / "dark.png")
-    assert levels(open_image(tmp_path / "dark.png")) == [1] * 4
-
-
 @pytest.mark.parametrize(
     ("stored", "seen"),
     [
@@ -364,29 +352,33 @@ def test_a_dark_16_bit_picture_stays_dark(tmp_path):
         ([0.0, 257.0, 514.0, 65535.0], [0, 1, 2, 255]),
         ([-1.0, 0.0, 0.0, 1.0], [0, 128, 128, 255]),
         ([5.0, 5.0, 5.0, 5.0], [5, 5, 5, 5]),
+        ([250, 250, 250, 250], [1, 1, 1, 1]),
     ],
-    ids=["to 1", "within 1", "to 255", "to 65535", "negative", "flat"],
+    ids=["to 1", "within 1", "to 255", "to 65535", "negative", "flat", "dark 16-bit"],
 )
-def test_float_levels_are_scaled_by_the_range_that_they_fit(stored, seen, tmp_path):
-    image = Image.new("F", (4, 1))
+def test_levels_are_scaled_by_the_range_that_they_fit_or_have(stored, seen, tmp_path):
+    image = Image.new("F" if isinstance(stored[0], float) else "I;16", (4, 1))
     for x, level in enumerate(stored):
         image.putpixel((x, 0), level)
-    image.save(tmp_path / "float.tif")
-    assert levels(open_image(tmp_path / "float.tif")) == seen
+    image.save(tmp_path / "levels.tif")
+    assert levels(open_image(tmp_path / "levels.tif")) == seen
 
 
 # Mistakes
 
 
-def write_truncated(path: Path) -> None:
-    path.write_bytes(PICTURE.read_bytes()[:-200])
+def text(words: str):
+    return lambda path: path.write_text(words)
 
 
 BAD_PICTURES = {
     "missing": (lambda path: None, "does not exist; expected a picture file"),
     "empty": (lambda path: path.write_bytes(b""), "is empty (0 bytes)"),
-    "truncated": (write_truncated, "is damaged or cut short"),
-    "a text": (lambda path: path.write_text("hello"), "is not a picture"),
+    "truncated": (
+        lambda path: path.write_bytes(PICTURE.read_bytes()[:-200]),
+        "is damaged or cut short",
+    ),
+    "a text": (text("hello"), "is not a picture"),
     "a directory": (lambda path: path.mkdir(), "is a directory"),
 }
 
@@ -433,6 +425,15 @@ SETTINGS = {
     "unknown device": (["--device", "gpu"], "device 'gpu' is unknown; expected auto, cpu, cuda"),
     "unknown dtype": (["--dtype", "int4"], "dtype 'int4' is unknown; expected auto, float32"),
     "unknown option": (["--colour", "red"], "unrecognized arguments: --colour red"),
+    "chunks of nothing": (["--prefill-chunk", "0"], "prefill_chunk is 0; expected 1 or more"),
+    "no budget": (["--visual-budget", "0"], "visual_budget is 0; expected a fraction above 0"),
+    "k-ratio of 0": (["--k-ratio", "0"], "k_ratio is 0.0; expected more than 0 and at most 1"),
+    "keep without rule": (["--keep", "9"], "need each other; give both"),
+    "two rules": (
+        ["--k-ratio", "1", "--pruner", "top-k", "--keep", "9"],
+        "leave out --k-ratio or --pruner",
+    ),
+    "unknown rule": (["--pruner", "best", "--keep", "9"], "invalid choice: 'best'"),
     "system without chat": (["--raw", "--system", "x"], "--system needs the chat format"),
 }
 
@@ -461,49 +462,40 @@ def test_a_prompt_that_is_too_long_is_told_with_both_numbers(capsys):
     assert "is 10;" in message
 
 
-def damaged(damage):
-    """A copy of the tiny checkpoint, with `damage` done to its directory."""
-
-    def write(path: Path) -> None:
-        shutil.copytree(TINY, path)
-        damage(path)
-
-    return write
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
 
-def misshape(directory: Path) -> None:
-    shard = directory / "model-00001-of-00002.safetensors"
+def damaged(name: str, damage: Callable[[Path], object] = Path.unlink):
+    """A copy of the tiny checkpoint, with `damage` done to one of its files."""
+    return lambda path: damage(Path(shutil.copytree(TINY, path)) / name)
+
+
+def misshape(shard: Path) -> None:
     tensors = load_file(shard)
-    name = sorted(tensors)[0]
-    save_file({**tensors, name: torch.ones(3)}, shard)
-
-
-def cut_short(directory: Path) -> None:
-    shard = directory / "model-00002-of-00002.safetensors"
-    shard.write_bytes(shard.read_bytes()[:1000])
+    save_file({**tensors, sorted(tensors)[0]: torch.ones(3)}, shard)
 
 
 MODELS = {
     "missing": (lambda path: None, "does not exist; expected a directory"),
-    "a file": (lambda path: path.write_text("x"), "is a file; expected a directory"),
+    "a file": (text("x"), "is a file; expected a directory"),
     "empty": (lambda path: path.mkdir(), "has no config.json"),
-    "without config": (damaged(lambda d: (d / "config.json").unlink()), "has no config.json"),
-    "without a shard": (
-        damaged(lambda d: (d / "model-00001-of-00002.safetensors").unlink()),
-        "lacks 1 of 2 shards: model-00001-of-00002.safetensors",
+    "without config": (damaged("config.json"), "has no config.json"),
+    "without a shard": (damaged(SHARDS[0]), f"lacks 1 of 2 shards: {SHARDS[0]}"),
+    "with a shard cut short": (
+        damaged(SHARDS[1], lambda shard: shard.write_bytes(shard.read_bytes()[:1000])),
+        "is damaged or cut short",
     ),
-    "with a shard cut short": (damaged(cut_short), "is damaged or cut short"),
-    "with a misshapen tensor": (damaged(misshape), "1 misshapen: "),
+    "with a misshapen tensor": (damaged(SHARDS[0], misshape), "1 misshapen: "),
     "with a damaged tokenizer": (
-        damaged(lambda d: (d / "tokenizer.model").write_bytes(b"\x00\x01damaged")),
+        damaged("tokenizer.model", text("\0\x01damaged")),
         "tokenizer.model is not a tokenizer that can be read",
     ),
     "with another tokenizer": (
-        damaged(lambda d: (d / "tokenizer.model").write_bytes(b"YQ== 0\nYg== 1\n")),
+        damaged("tokenizer.model", text("YQ== 0\nYg== 1\n")),
         "has 2 tokens and config.json puts the first special token, bos_token_id, at 500",
     ),
     "with damaged defaults": (
-        damaged(lambda d: (d / "generation_config.json").write_text("{")),
+        damaged("generation_config.json", text("{")),
         "generation_config.json cannot be read",
     ),
 }
@@ -513,9 +505,8 @@ MODELS = {
 def test_a_model_that_cannot_be_loaded_is_told(capsys, kind, tmp_path):
     write, says = MODELS[kind]
     write(tmp_path / "model")
-    message = refused(
-        capsys, "--model", str(tmp_path / "model"), "--device", "cpu", "--prompt", "x"
-    )
+    model = ("--model", str(tmp_path / "model"), "--device", "cpu")
+    message = refused(capsys, *model, "--prompt", "x")
     assert says in message
     assert re.search(rf"{tmp_path}|in config\.json", message)
 
@@ -528,10 +519,8 @@ def test_a_repository_without_network_says_what_to_do(capsys, tmp_path, monkeypa
     assert "pass a directory" in message
 
 
-def test_a_gated_repository_says_what_to_do(capsys, tmp_path, monkeypatch):
-    with StubHub(TINY) as hub:
-        hub.use(monkeypatch, tmp_path / "cache")
-        hub.refuse = (403, "GatedRepo")
-        message = refused(capsys, "--model", REPO, "--device", "cpu", "--prompt", "x")
+def test_a_gated_repository_says_what_to_do(capsys, hub):
+    hub.refuse = (403, "GatedRepo")
+    message = refused(capsys, "--model", REPO, "--device", "cpu", "--prompt", "x")
     assert "accept the licence" in message
     assert "HF_TOKEN" in message

@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llama_vision import LlamaVision, Prompt
+from llama_vision.checkpoint.config_json import read_config
 from llama_vision.checkpoint.loading import load_model
-from llama_vision.config import Config, official_config
+from llama_vision.config import official_config
 from llama_vision.inputs.image import TiledImage
 
 ROOT = Path(__file__).parent.parent
@@ -232,7 +234,7 @@ def tiny_tensors(tiny_directory):
 
 @pytest.fixture(scope="session")
 def tiny_config(tiny_directory):
-    return Config.from_directory(tiny_directory)
+    return read_config(tiny_directory)
 
 
 @pytest.fixture
@@ -262,7 +264,7 @@ def test_every_tensor_comes_back_bit_for_bit(
     target = tmp_path / "target"
     convert_meta.convert(source, target, template=tiny_config)
     assert_same(load_directory(target), tiny_tensors)
-    assert Config.from_directory(target) == tiny_config
+    assert read_config(target) == tiny_config
     assert (target / "tokenizer.model").read_bytes() == b"a tokenizer"
     expected = json.loads((tiny_directory / "generation_config.json").read_text())
     del expected["transformers_version"]
@@ -284,7 +286,7 @@ def test_the_written_config_says_what_the_official_one_says(
 
 def test_logits_are_those_of_the_official_files(source, tiny_directory, tiny_config, tmp_path):
     convert_meta.convert(source, tmp_path / "target", template=tiny_config)
-    converted = logits(Config.from_directory(tmp_path / "target"), tmp_path / "target")
+    converted = logits(read_config(tmp_path / "target"), tmp_path / "target")
     assert torch.equal(converted, logits(tiny_config, tiny_directory))
 
 
@@ -296,10 +298,7 @@ def logits(config, directory):
         TiledImage(torch.randn(grid[0] * grid[1], 3, 56, 56), grid, config.vision.aspect_id(grid))
         for grid in [(1, 2), (2, 2)]
     ]
-    with torch.inference_mode():
-        return model(
-            torch.tensor([[500, 7, 512, 8, 9, 512, 10, 11]]), model.encode_images([images])
-        )
+    return LlamaVision(model).logits(Prompt([500, 7, 512, 8, 9, 512, 10, 11], images))
 
 
 def test_shards_keep_to_their_size_and_the_index_tells_where(
@@ -335,7 +334,7 @@ def test_consolidated_without_a_number_and_bfloat16_stay_as_stored(
     source = write_meta(tmp_path / "source", [as_meta(half)], single="consolidated.pth")
     convert_meta.convert(source, tmp_path / "target", template=tiny_config)
     assert_same(load_directory(tmp_path / "target"), half)
-    assert Config.from_directory(tmp_path / "target").dtype == torch.bfloat16
+    assert read_config(tmp_path / "target").dtype == torch.bfloat16
 
 
 def test_tensors_that_are_views_of_one_storage(tiny_tensors, tiny_config, tmp_path):

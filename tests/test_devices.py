@@ -2,9 +2,17 @@
 
 import pytest
 import torch
-from conftest import TINY, assert_close, case_prompts, golden_json, golden_tensors, needs_compiler
+from conftest import (
+    CASES,
+    TINY,
+    assert_close,
+    case_prompts,
+    golden_json,
+    golden_tensors,
+    needs_compiler,
+)
 
-from llama_vision import LlamaVision, TrimmedLlama
+from llama_vision import Engine, LlamaVision, TrimmedLlama
 
 DEVICES = ["cpu"]
 if torch.cuda.is_available():
@@ -18,26 +26,41 @@ def model(request) -> LlamaVision:
     return LlamaVision.from_pretrained(TINY, device=request.param)
 
 
-@pytest.mark.parametrize("case", ["batch_ragged", "two_images", "text_only"])
-def test_a_batch_gives_the_reference_s_tokens(model, case):
-    samples = golden_json("manifest")["cases"][case]["samples"]
-    completions = model.generate(
-        case_prompts(case), max_new_tokens=16, temperature=0, ignore_stop=True
-    )
-    for completion, sample in zip(completions, samples, strict=True):
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "no graphs"])
+@pytest.mark.parametrize("pruner", [None, TrimmedLlama(0.25)], ids=["whole", "pruned"])
+def test_an_engine_gives_the_reference_s_tokens(model, pruner, graphs):
+    """All prompts through three slots, which are taken again and again."""
+    manifest = golden_json("manifest")
+    prompts, facts = [], []
+    for case in CASES:
+        prompts += case_prompts(case)
+        facts += manifest["cases"][case]["samples"]
+        if pruner is not None and case != "text_only":
+            count = len(case_prompts(case))
+            facts[-count:] = [manifest["trimmed"][f"{case}_{i}"]["0.25"] for i in range(count)]
+    settings = {"max_new_tokens": 16, "temperature": 0, "ignore_stop": True, "pruner": pruner}
+    completions = model.generate(prompts, slots=3, graphs=graphs, **settings)
+    for completion, sample in zip(completions, facts, strict=True):
         steps = sample["stable_steps"]
         assert completion.token_ids[:steps] == sample["greedy"][:steps]
 
 
-@needs_compiler
-def test_compiled_decoding_answers_alike(model):
-    settings = {"max_new_tokens": 12, "temperature": 0, "ignore_stop": True}
-    for case in ("image_first", "batch_ragged"):
-        passes, steps = (
-            model.generate(case_prompts(case), compiled=compiled, **settings)
-            for compiled in (False, True)
-        )
-        assert [a.token_ids for a in passes] == [a.token_ids for a in steps]
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+def test_decoding_answers_alike_with_graphs_and_compiled(model, compiled, monkeypatch):
+    """Answers of several lengths, one after the other in an engine, over several buckets."""
+    monkeypatch.setattr("llama_vision.engine.decode.BUCKET", 16)
+    answers = []
+    for graphs in (False, True):
+        how = {"compiled": compiled and graphs, "graphs": graphs, "force": True}
+        engine = Engine(model, slots=2, max_seq_len=80, **how)
+        requests = [
+            engine.submit(prompt, max_new_tokens=count, temperature=0, ignore_stop=True)
+            for count in (4, 40)
+            for case in ("image_first", "batch_ragged", "text_only")
+            for prompt in case_prompts(case)
+        ]
+        answers.append([completion.token_ids for completion in engine.run(*requests)])
+    assert answers[0] == answers[1]
 
 
 def test_pruned_logits_are_the_reference_s(model):

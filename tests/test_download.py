@@ -10,7 +10,7 @@ import pytest
 from conftest import TINY
 from stub_hub import REPO, StubHub
 
-from llama_vision.checkpoint.loading import find_shards
+from llama_vision.checkpoint.files import find_shards
 
 SCRIPT = Path(__file__).parent.parent / "weights" / "download.py"
 NEEDED = {path.name for path in TINY.iterdir()}

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools" / "pico"))
 
-from embedded.exam import make_exam
-from evaluate_embedded import answer
+from evaluate import answer
+from recipe.exam import make_exam
 
 from llama_vision import LlamaVision
-from llama_vision.cli.main import EMBEDDED_MODEL, main
+from llama_vision.checkpoint.hub import EMBEDDED_MODEL
+from llama_vision.cli.main import main
 from llama_vision.inputs.image import open_image
 
 MEASURED = 0.905
@@ -52,7 +53,7 @@ def test_the_command_runs_it_by_default(capsys):
 
 @pytest.mark.skipif(
     importlib.util.find_spec("fontpkg") is None,
-    reason="its pictures need the fonts of tools/embedded/requirements.txt",
+    reason="its pictures need the fonts of tools/pico/requirements.txt",
 )
 def test_it_passes_its_exam(embedded):
     """The first 200 questions, at most two points under what was measured."""

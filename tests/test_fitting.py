@@ -8,74 +8,67 @@ import torch
 from conftest import TINY, case_prompts
 from stub_hub import REPO
 
-from llama_vision import LlamaVision, TrimmedLlama
+from llama_vision import LlamaVision, Prompt, TrimmedLlama
 from llama_vision.config import SettingError
-from llama_vision.memory import fit as fitting
-from llama_vision.memory.fit import (
-    MemoryLimitError,
-    free_memory,
-    human_bytes,
-    largest,
-    parse_bytes,
-)
+from llama_vision.engine.engine import Engine
+from llama_vision.memory import fit, free
+from llama_vision.memory.fit import MemoryLimitError, largest
+from llama_vision.memory.units import human_bytes, parse_bytes
 
-CPU = torch.device("cpu")
 GREEDY = {"temperature": 0, "ignore_stop": True}
 
 
 @pytest.fixture
 def room(monkeypatch):
     """Sets what every device has free."""
-    return lambda size: monkeypatch.setattr(fitting, "free_memory", lambda _: size)
+    return lambda size: monkeypatch.setattr(fit, "free_memory", lambda _: size)
 
 
 # The weights
 
 
-def test_weights_that_do_not_fit_are_not_read(room, monkeypatch):
-    room(3 * 2**20)
+@pytest.mark.parametrize(
+    ("free", "says"),
+    [
+        (
+            3 * 2**20,
+            "the weights take 3.6 MiB in float32 and 3.0 MiB are free on cpu, 573.3 KiB too few; "
+            "try --dtype bfloat16 (half the size), or go on all the same with --force (force=True)",
+        ),
+        (2**20, "a smaller model or a larger device is needed"),
+    ],
+)
+def test_weights_that_do_not_fit_are_not_read(room, monkeypatch, free, says):
+    room(free)
     monkeypatch.setattr("llama_vision.api.load_model", lambda *_, **__: pytest.fail("read"))
-    with pytest.raises(MemoryLimitError) as error:
+    with pytest.raises(MemoryLimitError, match=re.escape(says)):
         LlamaVision.from_pretrained(TINY, device="cpu")
-    assert str(error.value) == (
-        "the weights take 3.6 MiB in float32 and 3.0 MiB are free on cpu, 573.3 KiB too few; try "
-        "--dtype bfloat16 (half the size), or go on all the same with --force (force=True)"
-    )
 
 
 def test_weights_that_do_not_fit_are_not_fetched(room, hub):
+    def fetched():
+        return {name.rpartition("/")[2] for name in hub.fetched}
+
     room(3 * 2**20)
     with pytest.raises(MemoryLimitError, match="the weights take"):
         LlamaVision.from_pretrained(REPO, device="cpu")
-    assert {name.rpartition("/")[2] for name in hub.fetched} == {"config.json"}
+    assert fetched() == {"config.json"}
     assert LlamaVision.from_pretrained(REPO, device="cpu", dtype="bfloat16")
-    assert "model.safetensors.index.json" in {name.rpartition("/")[2] for name in hub.fetched}
+    assert "model.safetensors.index.json" in fetched()
 
 
-def test_the_type_that_the_error_names_is_accepted(room):
-    room(3 * 2**20)
-    assert LlamaVision.from_pretrained(TINY, device="cpu", dtype="bfloat16")
-
-
-def test_weights_that_fit_nowhere_say_so(room):
-    room(2**20)
-    with pytest.raises(MemoryLimitError, match="a smaller model or a larger device is needed"):
-        LlamaVision.from_pretrained(TINY, device="cpu")
-
-
-def test_another_device_with_room_is_named(monkeypatch):
+def test_another_device_with_room_is_named(monkeypatch, tiny):
     rooms = {"cpu": 2**34, "cuda": 2**20}
-    monkeypatch.setattr(fitting, "free_memory", lambda device: rooms[torch.device(device).type])
-    config = LlamaVision.without_weights(TINY, device="cpu").config
+    monkeypatch.setattr(fit, "free_memory", lambda device: rooms[torch.device(device).type])
     with pytest.raises(MemoryLimitError, match="try --device cpu, or go on"):
-        fitting.check_weights_fit(config, torch.float32, torch.device("cuda"))
+        fit.check_weights_fit(tiny.config, torch.float32, torch.device("cuda"))
 
 
 def test_force_loads_and_runs_all_the_same(room):
     room(1)
     model = LlamaVision.from_pretrained(TINY, device="cpu", force=True)
     prompts = case_prompts("image_first")
-    with pytest.raises(MemoryLimitError):
+    with pytest.raises(MemoryLimitError, match="no setting of this run makes it fit"):
         model.generate(prompts, max_new_tokens=2)
     assert len(model.generate(prompts, max_new_tokens=2, force=True)) == 1
 
@@ -83,57 +76,74 @@ def test_force_loads_and_runs_all_the_same(room):
 # A run
 
 
-def settings_in(message):
-    """What the error offers, each as settings of `generate`."""
-    offers = re.findall(r"\((\w+=[^()]*(?:\([\d.]+\))?)\)", message)
+def settings_in(error):
+    """What a refusal offers, each as settings of `start`."""
+    offers = re.findall(r"\((\w+=[^()]*(?:\([\d.]+\))?)\)", str(error.value))
     names = {"dict": dict, "TrimmedLlama": TrimmedLlama}
     return [eval(f"dict({offer})", names) for offer in offers if offer != "force=True"]
 
 
-@pytest.mark.parametrize("case", ["image_first", "two_images", "batch_ragged"])
+WAYS = {
+    "image_first": {"max_seq_len", "visual_budget", "max_tiles"},
+    "batch_ragged": {"slots", "max_seq_len", "visual_budget", "max_tiles"},
+    "text": {"max_seq_len", "prefill_chunk"},
+}
+
+
+@pytest.mark.parametrize("case", WAYS)
 def test_every_way_out_that_the_error_names_works(tiny, room, case):
-    prompts = case_prompts(case)
-    sizes = {"max_new_tokens": 400, "max_seq_len": 500}
-    need = tiny.plan(prompts, **sizes).total - tiny.plan(prompts, **sizes).weights
-    room(need - 1)
+    prompts = [Prompt([1] * 300)] if case == "text" else case_prompts(case)
+    sizes = {"max_new_tokens": 400, "max_seq_len": 500, "slots": len(prompts)}
+    plan = tiny.plan(prompts, **sizes)
+    room(plan.total - plan.weights - 1)
     with pytest.raises(MemoryLimitError) as error:
-        tiny.generate(prompts, **sizes, **GREEDY)
-    message = str(error.value)
-    assert f"the run takes {human_bytes(need)} (text cache " in message
-    assert "are free on cpu, 1 B too few; try --max-seq-len" in message
-    offers = settings_in(message)
-    assert {"max_seq_len", "visual_budget"} <= {name for offer in offers for name in offer}
+        tiny.start(prompts, **sizes)
+    message, offers = str(error.value), settings_in(error)
+    assert f"the run takes {human_bytes(plan.total - plan.weights)} (text cache " in message
+    assert "are free on cpu, 1 B too few; try " in message
+    assert {name for offer in offers for name in offer} >= WAYS[case]
+    space = fit.Room(tiny.config, torch.float32, tiny.device, loaded=True)
     for offer in offers:
-        generation = tiny.start(prompts, **{**sizes, **offer}, **GREEDY)
-        next(iter(generation))
-        for name in ("max_seq_len", "visual_budget", "max_tiles"):
-            if name in offer:  # and is the largest that does
-                with pytest.raises(MemoryLimitError):
-                    tiny.start(prompts, **{**sizes, **offer, name: offer[name] + 1}, **GREEDY)
+        engine, requests = tiny.start(prompts, **{**sizes, **offer}, **GREEDY)
+        assert requests[0] in engine.step()
+        for name in offer.keys() - {"pruner", "prefill_chunk"}:  # and is the largest that does
+            more = {**sizes, **offer, name: offer[name] + 1}
+            assert not space.fits(tiny.workload(prompts, **more))
 
 
-def test_a_batch_that_is_too_large_says_how_many_fit(tiny, room):
-    prompts = case_prompts("image_first") * 6
-    plans = [tiny.plan(prompts[:n], max_new_tokens=400) for n in range(1, 7)]
-    room(plans[3].total - plans[3].weights)
-    with pytest.raises(MemoryLimitError, match="4 of the 6 prompts at a time"):
-        tiny.generate(prompts, max_new_tokens=400)
-    assert len(tiny.generate(prompts[:4], max_new_tokens=400, temperature=0)) == 4
+def test_of_too_many_prompts_as_many_are_answered_at_once_as_fit(tiny, room):
+    prompts, sizes = case_prompts("batch_ragged") * 2, {"max_new_tokens": 200, **GREEDY}
+    all_at_once = tiny.generate(prompts, **sizes)
+    plan = tiny.plan(prompts, slots=3, **sizes)
+    room(plan.total - plan.weights)
+    engine, requests = tiny.start(prompts, **sizes)
+    assert engine.cache.slots == 3 < len(prompts)
+    assert [c.token_ids for c in engine.run(*requests)] == [c.token_ids for c in all_at_once]
 
 
-def test_no_way_out_is_told(tiny, room):
-    room(1000)
-    with pytest.raises(MemoryLimitError, match="no setting of this run makes it fit"):
-        tiny.generate(case_prompts("image_first"), max_new_tokens=2)
+@pytest.mark.parametrize("kind", ["prompts", "engine"])
+def test_of_too_many_slots_the_number_that_fits_is_named(tiny, room, kind):
+    prompts = case_prompts("image_first") * 40
+
+    def start(slots):
+        if kind == "engine":
+            return Engine(tiny, slots=slots, max_seq_len=400)
+        return tiny.start(prompts, slots=slots, max_new_tokens=400)[0]
+
+    room(2**23)
+    with pytest.raises(MemoryLimitError, match="of the 40 slots") as error:
+        start(40)
+    slots = settings_in(error)[0]["slots"]
+    assert 1 < slots < 39
+    assert start(slots).cache.slots == slots
+    with pytest.raises(MemoryLimitError, match=f"try {slots} of the {slots + 1} slots"):
+        start(slots + 1)
 
 
-def test_with_room_to_spare_nothing_is_simulated(tiny, monkeypatch):
-    monkeypatch.setattr(fitting, "plan_run", lambda *_, **__: pytest.fail("simulated"))
-    assert tiny.generate(case_prompts("image_first"), max_new_tokens=2)
-
-
-def test_an_unknown_room_refuses_nothing(tiny, room):
-    room(None)
+@pytest.mark.parametrize("size", [2**40, None], ids=["to spare", "unknown"])
+def test_with_room_to_spare_nothing_is_simulated(tiny, room, monkeypatch, size):
+    room(size)
+    monkeypatch.setattr(fit, "plan_run", lambda *_, **__: pytest.fail("simulated"))
     assert tiny.generate(case_prompts("image_first"), max_new_tokens=2)
 
 
@@ -141,14 +151,14 @@ def test_an_unknown_room_refuses_nothing(tiny, room):
 
 
 def test_free_memory_of_this_machine_is_some():
-    assert 2**20 < free_memory("cpu") < 2**50
+    assert 2**20 < free.free_memory("cpu") < 2**50
 
 
-def test_a_container_s_limit_counts(monkeypatch):
-    monkeypatch.setattr(fitting, "_available_on_host", lambda: 1000)
-    for left, free in ((300, 300), (None, 1000), (5000, 1000)):
-        monkeypatch.setattr(fitting, "_left_in_container", lambda left=left: left)
-        assert free_memory("cpu") == free
+@pytest.mark.parametrize(("left", "least"), [(300, 300), (None, 1000), (5000, 1000)])
+def test_a_container_s_limit_counts(monkeypatch, left, least):
+    monkeypatch.setattr(free, "_available_on_host", lambda: 1000)
+    monkeypatch.setattr(free, "_left_in_container", lambda: left)
+    assert free.free_memory("cpu") == least
 
 
 def test_free_memory_of_a_gpu_counts_what_the_allocator_holds(monkeypatch):
@@ -158,7 +168,7 @@ def test_free_memory_of_a_gpu_counts_what_the_allocator_holds(monkeypatch):
         mem_get_info=lambda _: (500, 1000),
     )
     monkeypatch.setattr(torch, "cuda", fake)
-    assert free_memory("cuda:0") == 530
+    assert free.free_memory("cuda:0") == 530
 
 
 # The search
@@ -169,9 +179,7 @@ def test_free_memory_of_a_gpu_counts_what_the_allocator_holds(monkeypatch):
     "size", [lambda n: 10 * n, lambda n: 7 + 3 * n, lambda n: max(10, n * n), lambda n: 5 + n // 7]
 )
 def test_the_search_finds_the_largest(size, room):
-    most = 40
-    fitting_ones = [n for n in range(1, most + 1) if size(n) <= room]
-    assert largest(size, room, most) == max(fitting_ones, default=0)
+    assert largest(size, room, 40) == max((n for n in range(1, 41) if size(n) <= room), default=0)
 
 
 def test_the_search_asks_seldom_where_bytes_grow_evenly():

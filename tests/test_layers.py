@@ -1,19 +1,14 @@
-import copy
-
 import pytest
 import torch
-from conftest import TINY, assert_close, golden_tensors, needs_compiler
+from conftest import TINY, assert_close, golden_tensors, live_bytes
 from oracle import masked_attention
 
-from llama_vision.config import Config
+from llama_vision.checkpoint.config_json import read_config
 from llama_vision.model.layers import (
-    ONEDNN_PRODUCTS,
     GatedMLP,
-    Linear,
     RMSNorm,
-    attend,
-    better_by_onednn,
-    better_by_products,
+    attention,
+    attention_with_saliency,
     merge_heads,
     rotary_angles,
     rotary_frequencies,
@@ -21,7 +16,7 @@ from llama_vision.model.layers import (
     split_heads,
 )
 
-TEXT = Config.from_directory(TINY).text
+TEXT = read_config(TINY).text
 FREQUENCIES = rotary_frequencies(TEXT, torch.device("cpu"))
 
 
@@ -120,67 +115,53 @@ def test_attention_equals_loops_over_heads_and_rows(heads, groups, rows, keys, h
         allowed = allowed.tril()
     if how == "mask":
         allowed = torch.rand(2, rows, keys) < 0.5
-        allowed[0, 0] = False  # a row that may look nowhere
+        allowed[..., 2] = True  # every row may look somewhere
     mask = allowed[:, None] if how == "mask" else None
-    out = attend(q, k, v, mask=mask, causal=how == "causal")
-    expected = [masked_attention(*sample) for sample in zip(q, k, v, allowed, strict=True)]
-    assert_close("attend", out, torch.stack(expected), 1e-5)
+    out = attention(q, k, v, mask=mask, causal=how == "causal")
+    expected = [masked_attention(*slot)[0] for slot in zip(q, k, v, allowed, strict=True)]
+    assert_close("attention", out, torch.stack(expected), 1e-5)
 
 
-@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2)])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
-def test_attention_by_products_equals_torchs(heads, groups, dtype, tolerance):
-    """Of several blocks of rows, the last one shorter; the same tensors, in part of longer ones."""
-    torch.manual_seed(heads)
-    shapes = ((heads, 700), (groups, 3000), (groups, 3000))
-    q, k, v = (torch.randn(2, s, n, 16).to(dtype).transpose(1, 2) for n, s in shapes)
-    k, v = k[:, :, :2001], v[:, :, :2001]
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        q.float(), k.float(), v.float(), enable_gqa=True
-    )
-    with torch.inference_mode():
-        assert better_by_products(q, k)
-        assert not better_by_products(q[:, :, :1], k)
-        assert_close("attend", attend(q, k, v).float(), expected, tolerance)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rows", [(1, 1), (3, 1), (2, 300)])
-def test_every_way_of_a_linear_layer_is_the_product(rows, bias):
-    """Large enough for oneDNN and too small; with a gradient; as one compiled row."""
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "mask"])
+@pytest.mark.parametrize("rows", [1, 7, 40])
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2), (3, 1)])
+def test_saliency_is_what_the_voting_rows_pay(heads, groups, rows, masked, monkeypatch):
+    """In blocks of rows, the last one shorter."""
+    monkeypatch.setattr("llama_vision.model.layers.SCORES_BYTES", 4 * heads * 50 * 6)
     torch.manual_seed(0)
-    for width in (8, 1024):
-        layer, x = Linear(width, width + 8, bias=bias), torch.randn(*rows, width)
-        exact = x.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0)
-        with torch.inference_mode():
-            large = x.numel() * (width + 8) >= ONEDNN_PRODUCTS
-            assert better_by_onednn(x, x.numel() * len(layer.weight)) == large
-            assert_close("inference", layer(x), exact.float(), 1e-5)
-            if rows == (1, 1):
-                assert_close("one row", layer._one_row(x), exact.float(), 1e-5)
-                narrow = copy.deepcopy(layer).bfloat16()._one_row(x.bfloat16())
-                assert_close("bfloat16", narrow.float(), exact.float(), 0.05)
-        x.requires_grad_()
-        layer(x).sum().backward()
-        assert_close("gradient", x.grad, layer.weight.sum(0).expand_as(x), 1e-5)
+    q, k, v = (torch.randn(1, n, s, 8) for n, s in ((heads, rows), (groups, 50), (groups, 50)))
+    votes = torch.rand(1, rows)
+    allowed = torch.rand(rows, 50) < 0.3 if masked else torch.ones(rows, 50, dtype=torch.bool)
+    allowed[:, 2] = True
+    expected, shares = masked_attention(q[0].double(), k[0].double(), v[0].double(), allowed)
+    mask = allowed[None, None] if masked else None
+    out, saliency = attention_with_saliency(q, k, v, votes, mask)
+    assert saliency.dtype == torch.float32
+    assert_close("out", out[0], expected, 1e-5)
+    assert_close("saliency", saliency, (shares * votes[..., None]).sum(1), 1e-5)
 
 
-@needs_compiler
-@pytest.mark.parametrize("rows", [1, 3])
-def test_a_large_linear_layer_compiles_into_one_graph(rows):
-    """Several rows go through the very product that they go through otherwise."""
+@pytest.mark.parametrize(("heads", "groups", "rows"), [(32, 8, 256), (8, 2, 2048)])
+def test_saliency_at_the_11b_s_widths_takes_little_memory(heads, groups, rows):
+    """All heads; or a quarter of them, of a long text."""
     torch.manual_seed(0)
-    layer, x = Linear(1024, 1032, bias=False), torch.randn(rows, 1, 1024)
-    options = {"cpp_wrapper": True}
-    with torch.inference_mode():
-        compiled = torch.compile(layer, dynamic=True, fullgraph=True, options=options)
-        assert_close("compiled", compiled(x), layer(x), 1e-5 if rows == 1 else 0)
+    q, k = torch.randn(1, heads, rows, 128), torch.randn(1, groups, 6404, 128)
+    results = []
+    votes = torch.ones(1, rows)
+    live = live_bytes(lambda: results.append(attention_with_saliency(q, k, k, votes)))
+    saliency = results[0][1]
+    assert saliency.nbytes <= max(live) <= 64 * 2**20
+    for head in (0, 5, heads - 1):
+        expected = (q[0, head] @ k[0, head // 4].T / 128**0.5).softmax(-1).sum(0)
+        assert ((saliency[head] - expected).abs() / expected).max() < 1e-4
 
 
-def test_tokens_that_are_no_copy_of_their_own_go_through_onednn_alike():
-    """Some rows of a batch, as the projector is given them."""
+def test_saliency_in_half_precision_is_summed_in_float32():
+    """Scores are of the model's type, as everywhere; the sums of many rows are exact."""
     torch.manual_seed(0)
-    layer, x = Linear(512, 1024), torch.randn(3, 40, 512)
-    with torch.inference_mode():
-        assert better_by_onednn(x[:, 5:35], 30 * layer.weight.numel())
-        assert torch.equal(layer(x[:, 5:35]), layer(x[:, 5:35].contiguous()))
+    q, k = torch.randn(1, 4, 3000, 8).bfloat16(), torch.randn(1, 2, 40, 8).bfloat16()
+    repeated = k.repeat_interleave(2, 1).float()
+    expected = (q.float() @ repeated.mT / 8**0.5).softmax(-1).sum(2)[0]
+    out, saliency = attention_with_saliency(q, k, k, torch.ones(1, 3000))
+    assert (out.dtype, saliency.dtype) == (torch.bfloat16, torch.float32)
+    assert ((saliency - expected).abs() / expected).max() < 5e-3

@@ -1,3 +1,5 @@
+"""The whole model against the reference's logits, and against the slow, obvious one."""
+
 import random
 
 import pytest
@@ -5,29 +7,22 @@ import torch
 from conftest import (
     CASES,
     TINY,
+    Conversation,
     assert_close,
-    case_images,
-    case_prompts,
+    cache_tensors,
+    case_inputs,
+    decode,
     golden_tensors,
     new_cache,
-    run_batch,
+    random_pruner,
 )
-from oracle import Oracle, random_config, random_images, random_model, random_token_ids
+from oracle import MaskedOracle, Oracle, random_config, random_images, random_model
 
-from llama_vision import LlamaVision
+from llama_vision import LastQuery, LlamaVision, TrimmedLlama
+from llama_vision.engine.decode import Decoder
+from llama_vision.engine.encode import encode_group
 
-TOLERANCE = 2e-4
 HALF_TYPES = [torch.bfloat16, torch.float16]
-
-
-def samples(case):
-    """(token ids, images, golden logits) of every sample of a case."""
-    tensors = golden_tensors(f"cases/{case}")
-    for prompt, images, logits in zip(
-        case_prompts(case), case_images(case), tensors["logits"], strict=True
-    ):
-        ids = list(prompt.token_ids)
-        yield ids, images, logits[: len(ids)]
 
 
 def tensors_in(value):
@@ -39,115 +34,92 @@ def tensors_in(value):
             yield from tensors_in(part)
 
 
-# The reference's logits
-
-
-@pytest.mark.parametrize("cached", [False, True], ids=["no cache", "cache"])
 @pytest.mark.parametrize("case", CASES)
-def test_logits_of_each_prompt_alone(tiny, case, cached):
-    for ids, images, expected in samples(case):
-        cache = new_cache(tiny.model, 1) if cached else None
-        (logits,) = run_batch(tiny.model, [ids], [images], cache)
+def test_logits_are_the_reference_s(tiny, case):
+    """Each prompt in a slot of its own, between others; all rows, or the last one alone."""
+    cache = new_cache(tiny.model, 6)
+    expected = golden_tensors(f"cases/{case}")["logits"]
+    for number, (ids, images) in enumerate(case_inputs(case)):
+        logits = Conversation(tiny.model, cache, 2 * number).go_on(ids, images)
         assert logits.dtype == torch.float32
-        assert_close(case, logits, expected, TOLERANCE)
-
-
-@pytest.mark.parametrize("cached", [False, True], ids=["no cache", "cache"])
-@pytest.mark.parametrize("case", CASES)
-def test_logits_of_a_batch(tiny, case, cached):
-    ids, images, expected = zip(*samples(case), strict=True)
-    cache = new_cache(tiny.model, len(ids)) if cached else None
-    for sample, logits in enumerate(run_batch(tiny.model, ids, images, cache)):
-        assert_close(f"{case}, sample {sample}", logits, expected[sample], TOLERANCE)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_logits_of_the_last_rows_only(tiny, case):
-    ids, images, expected = zip(*samples(case), strict=True)
-    tensors, lengths = golden_tensors(f"cases/{case}"), [len(row) for row in ids]
-    visual = tiny.model.encode_images(images)
-    logits = tiny.model(tensors["tokens"], visual, lengths=lengths, last_row_only=True)
-    assert_close(case, logits, torch.stack([rows[-1] for rows in expected]), TOLERANCE)
-
-
-def test_padding_ids_change_nothing(tiny):
-    ids, images, _ = zip(*samples("batch_ragged"), strict=True)
-    tensors, lengths = golden_tensors("cases/batch_ragged"), [len(row) for row in ids]
-    visual, shortest = tiny.model.encode_images(images), lengths.index(min(lengths))
-    first = tensors["tokens"].clone()
-    second = first.clone()
-    second[shortest, lengths[shortest] :] = 77
-    assert not torch.equal(first, second)
-    outs = [tiny.model(tokens, visual, lengths=lengths)[shortest] for tokens in (first, second)]
-    assert torch.equal(*(out[: lengths[shortest]] for out in outs))
+        assert_close(f"{case}, {number}", logits, expected[number, : len(ids)], 2e-4)
+        last = Conversation(tiny.model, cache, 2 * number + 1)
+        logits = last.go_on(ids, images, every_row=False)
+        assert_close(f"{case}, {number}", logits, expected[number, len(ids) - 1 : len(ids)], 2e-4)
 
 
 # Random models
 
+PRUNERS = {
+    "none": lambda draw: None,
+    "by chance": lambda draw: random_pruner(draw),
+    "by chance, first layer whole": lambda draw: random_pruner(draw, trim_first_layer=False),
+    "all rows": lambda draw: TrimmedLlama(0.2),
+    "after": lambda draw: TrimmedLlama(0.2, votes="after", trim_first_layer=False),
+    "last": lambda draw: LastQuery(0.4),
+}
 
+
+@pytest.mark.parametrize("make", PRUNERS.values(), ids=PRUNERS)
 @pytest.mark.parametrize("seed", range(16))
-def test_random_models_equal_the_oracle(seed):
-    """A ragged batch of texts with none to three images, against loops over each sample alone."""
-    draw = random.Random(seed)
+def test_random_models_equal_the_oracle(seed, make):
+    """Ragged texts with none to three images in groups, over turns with steps between them.
+
+    The same in four slots: at once, and in chunks of 1, 2 and 7 rows. Against loops over a model
+    that trims nothing, and has masks where this one has dropped tokens.
+    """
     config = random_config(seed)
     model = random_model(config, seed)
-    oracle = Oracle(model)
-    counts = [draw.randint(0, 3) for _ in range(draw.randint(1, 3))]
-    ids = [random_token_ids(config, n, n + draw.randint(1, 9), draw) for n in counts]
-    images = [random_images(config, n, draw) for n in counts]
-    plain = run_batch(model, ids, images)
-    cached = run_batch(model, ids, images, new_cache(model, len(ids)))
-    for sample, count in enumerate(counts):
-        name = f"sample {sample} with {count} images"
-        expected = oracle.logits(ids[sample], images[sample])
-        assert expected.std() > 0.1, "logits that tell nothing"
-        assert_close(name, plain[sample], expected, 1e-4)
-        assert_close(f"{name}, cached", cached[sample], expected, 1e-4)
+    cache = new_cache(model, 4)
+    slots = {chunk: Conversation(model, cache, i) for i, chunk in enumerate((2048, 1, 2, 7))}
+    whole, decoder, draw = slots[2048], Decoder(model, cache), random.Random(seed)
+    for turn in range(draw.randint(2, 3)):
+        inputs, token = whole.random_turn(draw), draw.randrange(config.text.vocab_size)
+        for chunk, said in slots.items():
+            said.go_on(*inputs, pruner=make(random.Random(seed + turn)), chunk=chunk)
+        decode(decoder, dict.fromkeys(slots.values(), token))
+    pruner = make(random.Random(seed))
+    if pruner is None:
+        expected = Oracle(model).logits(whole.token_ids, whole.images)
+    else:
+        notes = whole.token_ids, whole.images, whole.kept, whole.passes
+        first_whole = not getattr(pruner, "trim_first_layer", True)
+        expected = MaskedOracle(model).logits(*notes, trim_first_layer=not first_whole)
+    assert expected.std() > 0.1, "logits that tell nothing"
+    for chunk, said in slots.items():
+        assert_close(f"chunks of {chunk}", torch.cat(said.logits), expected, 1e-5)
+        assert all(map(torch.equal, said.kept, whole.kept))
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_visual_tokens_of_random_models_equal_the_oracle(seed):
+def test_visual_tokens_of_random_models_equal_the_oracle(seed, monkeypatch):
+    """Of five images of one group, however many of them are encoded at once."""
     config = random_config(seed)
-    model, draw = random_model(config, seed), random.Random(seed)
-    images = random_images(config, 4, draw)
-    visual = model.encode_images([images[:3], [], images[3:]])
+    model, images = random_model(config, seed), random_images(config, 5, random.Random(seed))
     expected = torch.cat([Oracle(model).project(image) for image in images])
-    assert_close("features", visual.features[visual.valid], expected, 1e-4)
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_images_encoded_in_groups_are_those_encoded_at_once(seed, monkeypatch):
-    """Groups of one and of two, of images with equally many tiles."""
-    draw, config = random.Random(seed), random_config(seed)
-    model = random_model(config, seed)
-    images = [random_images(config, count, draw) for count in (3, 0, 4)]
-    at_once = model.encode_images(images)
-    tokens = config.vision.max_num_tiles * config.vision.tokens_per_tile
     seen = []
     model.vision.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
-    for most in (1, 2):
-        monkeypatch.setattr("llama_vision.model.model.TOKENS_AT_ONCE", most * tokens)
+    tokens = config.vision.max_num_tiles * config.vision.tokens_per_tile
+    for most in (5, 2, 1):
+        monkeypatch.setattr("llama_vision.engine.encode.TOKENS_AT_ONCE", most * tokens)
         seen.clear()
-        in_groups = model.encode_images(images)
-        assert max(seen) <= most < len(seen)
-        assert_close(f"groups of {most}", in_groups.features, at_once.features, 1e-5)
-        assert torch.equal(in_groups.tile, at_once.tile)
+        assert_close(f"{most} at once", encode_group(model, images).features, expected, 1e-4)
+        assert sum(seen) == 5
+        assert max(seen) <= most
 
 
 def test_random_models_are_varied():
     """The seeds above reach every corner that a config can have."""
     configs = [random_config(seed) for seed in range(16)]
-    taps = [config.vision.intermediate_layers_indices for config in configs]
+    inputs = [config.vision.intermediate_layers_indices for config in configs]
     cross = [config.text.cross_attention_layers for config in configs]
-    groups = {
-        (config.text.num_attention_heads, config.text.num_key_value_heads) for config in configs
-    }
-    assert any(0 in indices for indices in taps)
-    assert any(0 not in indices for indices in taps)
+    heads = {(c.text.num_attention_heads, c.text.num_key_value_heads) for c in configs}
+    assert any(0 in indices for indices in inputs)
+    assert any(0 not in indices for indices in inputs)
     assert any(0 in layers for layers in cross)
     assert any(c.text.num_hidden_layers - 1 in c.text.cross_attention_layers for c in configs)
-    assert (6, 2) in groups
-    assert len(groups) > 3
+    assert (6, 2) in heads
+    assert len(heads) > 3
     assert len({config.vision.max_num_tiles for config in configs}) > 2
     assert any(config.text.rope_scaling is None for config in configs)
     assert any(config.vision.num_global_layers == 0 for config in configs)
@@ -163,13 +135,15 @@ def half(request):
 
 @pytest.mark.parametrize("case", CASES)
 def test_half_precision_is_near_float32(half, case):
-    for ids, images, expected in samples(case):
-        (logits,) = run_batch(half, [ids], [images], new_cache(half, 1))
+    expected = golden_tensors(f"cases/{case}")["logits"]
+    for (ids, images), rows in zip(case_inputs(case), expected, strict=True):
+        logits, rows = Conversation(half).go_on(ids, images), rows[: len(ids)]
         assert logits.dtype == torch.float32
-        assert (logits - expected).norm() / expected.norm() < 3e-2
+        assert (logits - rows).norm() / rows.norm() < 3e-2
 
 
-def test_no_type_changes_silently(half):
+@pytest.mark.parametrize("pruner", [None, TrimmedLlama(0.2)], ids=["whole", "pruned"])
+def test_no_type_changes_silently(half, pruner):
     """Weights, caches and the output of every module keep the model's type; logits are float32."""
     strays, calls = [], set()
 
@@ -182,19 +156,19 @@ def test_no_type_changes_silently(half):
         return hook
 
     hooks = [m.register_forward_hook(check(name)) for name, m in half.named_modules() if name]
-    cache = new_cache(half, 2)
-    ids, images, _ = zip(*samples("batch_ragged"), strict=True)
-    run_batch(half, ids, images, cache)
-    logits = run_batch(half, [[1], [2]], [[], []], cache)
+    conversation = Conversation(half)
+    conversation.go_on(*case_inputs("batch_ragged")[1], pruner=pruner)
+    decode(Decoder(half, conversation.cache), {conversation: 1})
     for hook in hooks:
         hook.remove()
 
     containers = (torch.nn.ModuleList,)
     called = {n for n, m in half.named_modules() if n and not isinstance(m, containers)}
+    # The text decoder's blocks are called one by one in a prefill, all of it in a step.
     assert calls == called, "modules that were never checked"
     assert strays == []
     assert {tensor.dtype for tensor in half.state_dict().values()} == {half.dtype}
-    stores = (cache.text, cache.visual)
-    assert {t.dtype for s in stores for t in (*s.keys, *s.values)} == {half.dtype}
-    assert half.encode_images(images).features.dtype == half.dtype
-    assert {rows.dtype for rows in logits} == {torch.float32}
+    assert {tensor.dtype for tensor in cache_tensors(conversation.cache)} == {half.dtype}
+    images = case_inputs("image_first")[0][1]
+    assert encode_group(half, images).features.dtype == half.dtype
+    assert {rows.dtype for rows in conversation.logits} == {torch.float32}

@@ -1,55 +1,67 @@
-"""The package as a whole: which module may import which, and what every file must have."""
+"""The package as a whole: which folder may import which, and what every file must have."""
 
 import ast
+import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 import llama_vision
+from llama_vision.checkpoint.hub import EMBEDDED_MODEL
 
+TESTS = Path(__file__).parent
 PACKAGE = Path(llama_vision.__file__).parent
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
-ORDER = (
-    {"config"},
-    {"image", "tokenizer", "visual", "sampling"},
-    {"chat"},
-    {"cache", "pruning", "layers"},
-    {"passes"},
-    {"vision", "text"},
-    {"model"},
-    {"memory"},
-    {"checkpoint"},
-    {"fitting"},
-    {"planning", "stepping"},
-    {"decoding"},
-    {"generation"},
-    {"reporting"},
-    {"cli"},
-)
-"""A module may import those of earlier rows only."""
-
-NARROWER = {
-    "image": {"config"},
-    "tokenizer": {"config"},
-    "sampling": {"config"},
-    "visual": set(),
-    "chat": {"config", "image", "tokenizer"},
-    "cache": {"config", "visual"},
-    "pruning": {"config", "visual"},
-    "layers": {"config", "visual"},
+PARTS = {"config", "cache", "inputs", "model", "engine", "checkpoint", "memory"}
+MAY_IMPORT = {
+    "config": set(),
+    "cache": {"config"},
+    "inputs": {"config"},
+    "model": {"config", "cache"},
+    "engine": {"config", "cache", "inputs", "model"},
+    "checkpoint": {"config", "model"},
+    "memory": PARTS,
+    "api": PARTS,
+    "__init__": PARTS | {"api"},
+    "cli": PARTS | {"api"},
+    "__main__": {"cli"},
 }
-"""Modules that may import even fewer."""
-
-TESTED_WITH = {"decoding": "generation", "passes": "text", "reporting": "cli"}
-"""Modules whose tests are those of another: a Generation is had through `generate`."""
+"""A row for each folder, and each file beside them; the files of a folder import one another."""
 
 THIRD_PARTY = {"torch", "safetensors", "huggingface_hub", "sentencepiece", "tiktoken", "PIL"}
-PUBLIC = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+ONLY_TORCH = {"config", "cache", "model"}
+"""What knows tensors and nothing else: no files, no hub, no pictures."""
+
+TESTED_WITH = {
+    "api": "__init__",
+    "engine.engine": "__init__",
+    "engine.request": "__init__",
+    "engine.settings": "__init__",
+    "engine.stopwatch": "__init__",
+    "cli.reports": "cli.main",
+    "__main__": "cli.main",
+}
+"""Files whose names tests have from another: what the package gives out, what the command does."""
+
+MOST_LINES_OF_A_FILE = 299
+MOST_LINES_OF_A_FUNCTION = 40
+
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+PUBLIC = (*FUNCTIONS, ast.ClassDef)
 
 
-def tree_of(module: str) -> ast.Module:
-    return ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+def dotted(path: Path) -> str:
+    """`llama_vision/model/text.py` -> `model.text`; a folder's `__init__.py` is the folder."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+FILES = {dotted(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+every_file = pytest.mark.parametrize("file", FILES)
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def imports_of(tree: ast.AST) -> set[str]:
@@ -68,25 +80,46 @@ def imports_of(tree: ast.AST) -> set[str]:
     return names
 
 
-def package_imports(module: str) -> set[str]:
-    """The modules of this package that one of them imports."""
-    parts = (name.split(".") for name in imports_of(tree_of(module)))
-    return {name[1] for name in parts if name[0] == "llama_vision"}
+def files_of(names: set[str]) -> set[str]:
+    """The files of this package that imported names come from."""
+    found = set()
+    for name in names:
+        top, *parts = name.split(".")
+        if top == "llama_vision":
+            ways = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+            found.add(next((way for way in ways if way in FILES), "__init__"))
+    return found
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_go_one_way(module):
-    rows = [row for row, modules in enumerate(ORDER) if module in modules]
-    assert len(rows) == 1, f"{module} has no place in ORDER yet"
-    allowed = NARROWER.get(module, set().union(*ORDER[: rows[0]]))
-    assert package_imports(module) <= allowed
+def folder_of(file: str) -> str:
+    return file.partition(".")[0]
 
 
-@pytest.mark.parametrize("module", ["__init__", *MODULES])
-def test_third_parties_are_those_declared(module):
-    packages = {name.split(".")[0] for name in imports_of(tree_of(module))}
+# Imports
+
+
+@every_file
+def test_imports_go_one_way(file):
+    folder = folder_of(file)
+    assert folder in MAY_IMPORT, f"{folder} has no row in MAY_IMPORT yet"
+    used = {folder_of(used) for used in files_of(imports_of(tree_of(FILES[file])))}
+    assert used <= MAY_IMPORT[folder] | {folder}
+
+
+def test_every_row_is_a_folder():
+    assert MAY_IMPORT.keys() == {folder_of(file) for file in FILES}
+
+
+def test_no_files_import_one_another_in_a_circle():
+    graph = {file: files_of(imports_of(tree_of(path))) for file, path in FILES.items()}
+    assert list(TopologicalSorter(graph).static_order())  # a CycleError names the circle
+
+
+@every_file
+def test_third_parties_are_those_declared(file):
+    packages = {name.split(".")[0] for name in imports_of(tree_of(FILES[file]))}
     others = packages - set(sys.stdlib_module_names) - {"llama_vision"}
-    assert others <= THIRD_PARTY
+    assert others <= ({"torch"} if folder_of(file) in ONLY_TORCH else THIRD_PARTY)
 
 
 def test_dependencies_are_those_imported():
@@ -98,15 +131,36 @@ def test_dependencies_are_those_imported():
     assert declared == {names.get(package, package) for package in THIRD_PARTY}
 
 
-@pytest.mark.parametrize("module", ["__init__", *MODULES])
-def test_all_that_is_public_has_a_docstring(module):
+# Files and functions
+
+
+@every_file
+def test_a_file_can_be_read_at_a_sitting(file):
+    lines = len(FILES[file].read_text(encoding="utf-8").splitlines())
+    assert lines <= MOST_LINES_OF_A_FILE, f"{FILES[file].relative_to(PACKAGE)} has {lines} lines"
+
+
+@every_file
+def test_a_function_fits_on_a_screen(file):
+    long = [
+        f"{FILES[file].relative_to(PACKAGE)}:{node.lineno}: {node.name} has {lines} lines"
+        for node in ast.walk(tree_of(FILES[file]))
+        if isinstance(node, FUNCTIONS)
+        and (lines := node.end_lineno - node.lineno + 1) > MOST_LINES_OF_A_FUNCTION
+    ]
+    assert not long, "; ".join(long)
+
+
+@every_file
+def test_all_that_is_public_has_a_docstring(file):
+    path, tree = FILES[file].relative_to(PACKAGE), tree_of(FILES[file])
     silent = [
-        f"{module}.py:{node.lineno}: {node.name}"
-        for node in public_nodes(tree_of(module))
+        f"{path}:{node.lineno}: {node.name}"
+        for node in public_nodes(tree)
         if not ast.get_docstring(node)
     ]
-    assert not silent
-    assert ast.get_docstring(tree_of(module)), f"{module}.py has no docstring"
+    assert not silent, "; ".join(silent)
+    assert ast.get_docstring(tree), f"{path} has no docstring"
 
 
 def public_nodes(tree: ast.Module | ast.ClassDef) -> list[ast.AST]:
@@ -120,10 +174,16 @@ def public_nodes(tree: ast.Module | ast.ClassDef) -> list[ast.AST]:
     return found
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_every_module_has_its_tests(module):
-    tests = Path(__file__).parent / f"test_{TESTED_WITH.get(module, module)}.py"
-    assert tests.is_file(), f"{tests.name} is missing"
+def test_every_file_has_its_tests():
+    imported = set()
+    for path in TESTS.glob("*.py"):
+        imported |= files_of(imports_of(tree_of(path)))
+    code = {file for file, path in FILES.items() if path.name != "__init__.py"}
+    untested = {file for file in code if TESTED_WITH.get(file, file) not in imported}
+    assert not untested, ", ".join(sorted(untested))
+
+
+# What is given out
 
 
 def test_what_the_package_gives_out_is_there():
@@ -134,3 +194,16 @@ def test_what_the_package_gives_out_is_there():
 
 def test_the_package_is_typed():
     assert (PACKAGE / "py.typed").is_file()
+
+
+def test_the_package_runs_as_a_command_from_anywhere(tmp_path):
+    picture = EMBEDDED_MODEL / "examples" / "sign.png"
+    question = ["--image", str(picture), "--prompt", "What does the text say?"]
+    done = subprocess.run(
+        [sys.executable, "-m", "llama_vision", *question],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "Undone\n"

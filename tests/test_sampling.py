@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from llama_vision.config import SettingError
-from llama_vision.engine.sampling import Sampling
+from llama_vision.engine.sampling import Sampling, sample
 
 DRAWS = 20_000
 LOGITS = torch.tensor([0.3, 2.0, -1.0, 1.2, 1.1, -30.0, 0.9])
@@ -84,11 +84,17 @@ def test_a_seed_repeats_its_draws():
     assert draw(1) != draw(2)
 
 
-def test_a_row_of_a_batch_draws_what_it_draws_alone():
-    logits, sampling = random_logits(12), Sampling(1.0, 0.9, 30)
-    together = sampling.choose(logits, generators(*range(12)))
-    alone = [sampling.choose(logits[i : i + 1], generators(i)) for i in range(12)]
-    assert torch.equal(together, torch.cat(alone))
+def test_a_row_draws_what_it_draws_alone_whatever_the_others_settings():
+    logits = random_logits(12)
+    ways = [Sampling(1.0, 0.9, 30), Sampling(), Sampling(0.7), Sampling(1.0, 0.9, 30)] * 3
+    tokens, logprobs = sample(logits, ways, generators(*range(12)))
+    for row, (of_row, sampling) in enumerate(zip(logits.split(1), ways, strict=True)):
+        alone, alone_logprobs = sample(of_row, [sampling], generators(row))
+        assert alone == tokens[row] == sampling.choose(of_row, generators(row))
+        expected = float(of_row.log_softmax(-1)[0, tokens[row]])
+        got = (float(logprobs[row]), float(alone_logprobs))
+        assert got == pytest.approx((expected, expected), abs=1e-6)
+    assert not torch.equal(tokens, logits.argmax(-1))
 
 
 def test_choosing_leaves_the_logits_as_they_were():

@@ -8,10 +8,11 @@ import pytest
 import sentencepiece
 from conftest import LLAMA_3, TINY, golden_json, llama_3_file
 
-from llama_vision.config import Config, TextConfig
+from llama_vision.checkpoint.config_json import read_config
+from llama_vision.config import TextConfig
 from llama_vision.inputs.tokenizer import TextStream, Tokenizer, TokenizerError, load_tokenizer
 
-TINY_TEXT = Config.from_directory(TINY).text
+TINY_TEXT = read_config(TINY).text
 GOLDEN = golden_json("tokenizer")
 STRINGS = [case for case in GOLDEN["strings"] if "text" in case]
 RUNS = [case for case in GOLDEN["strings"] if "repeat" in case]

@@ -10,26 +10,33 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from conftest import assert_close
+from torch.nn.utils.rnn import pad_sequence
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools" / "pico"))
 
-import train_embedded
-from embedded.batches import Pages, Quizzes, Rows
-from embedded.chat import Chat, Message, train_tokenizer
-from embedded.drawing import CHARACTERS, IGNORED, LABELS, draw, label_patches
-from embedded.exam import guess, make_exam, tally, wilson
-from embedded.export import export
-from embedded.model import Seer, Student, model_config, vision_config, widen
-from embedded.optimizer import orthogonalize
-from embedded.questions import ask, ask_about_both, describe, place_of
-from embedded.sampling import sample_page, sample_scene
-from embedded.scenes import SHAPES, Background, Canvas, Scene, Shape, TextLine, glyphs_of
-from embedded.sources import COLORS, TRAINED_FAMILIES, UNSEEN_FAMILIES, Face, Sources, sample_rgb
-from embedded.training import Recorder, Stage, train
-from evaluate_embedded import KEPT, RULES, answer, compare_rules, paired_difference
+import train
+from evaluate import KEPT, RULES, answer, compare_rules, paired_difference
+from recipe import training
+from recipe.batches import Pages, Quizzes, Rows
+from recipe.chat import Chat, Message, train_tokenizer
+from recipe.drawing import CHARACTERS, IGNORED, LABELS, draw, label_patches
+from recipe.exam import guess, make_exam, tally, wilson
+from recipe.export import export
+from recipe.forward import hidden_states
+from recipe.model import Seer, Student, model_config, vision_config, widen
+from recipe.optimizer import orthogonalize
+from recipe.questions import ask, ask_about_both, describe, place_of
+from recipe.sampling import sample_page, sample_scene
+from recipe.scenes import SHAPES, Background, Canvas, Scene, Shape, TextLine, glyphs_of
+from recipe.sources import COLORS, TRAINED_FAMILIES, UNSEEN_FAMILIES, Face, Sources, sample_rgb
+from recipe.training import Recorder, Stage
 
 from llama_vision import LlamaVision
-from llama_vision.inputs.image import tile_image
+from llama_vision.cache.kv import Cache
+from llama_vision.engine.prefill import prefill
+from llama_vision.engine.segments import image_groups
+from llama_vision.inputs.image import TiledImage, tile_image
 
 MINIMAL = Sources.minimal()
 WHITE = Background((255, 255, 255), (255, 255, 255), "white")
@@ -255,7 +262,11 @@ def test_quizzes_of_all_layouts(chat, tiles):
 
 @pytest.mark.parametrize("shape", [(2, 8, 8), (1, 6, 20), (3, 20, 6)])
 def test_orthogonalize_brings_singular_values_near_one(shape):
-    values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
+    """Of matrices whose singular values are known, and not too small for five steps."""
+    torch.manual_seed(0)
+    left, _, right = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    matrices = left * torch.linspace(1, 0.1, min(shape[1:])) @ right
+    values = torch.linalg.svdvals(orthogonalize(matrices))
     assert values.min() > 0.5
     assert values.max() < 1.3
 
@@ -276,13 +287,43 @@ def test_widening_keeps_what_one_tile_has_learned():
     assert not torch.equal(wider[1], wider[0])
 
 
-def test_widening_blanks_the_tokens_of_absent_tiles():
+def test_widening_blanks_the_tokens_of_padding_tiles():
     wide = widen(Seer.new(vision_config(32, 1), 32).vision, 4)
     seen = []
     wide.layernorm_pre.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     wide(torch.randn(2, 2, 3, 112, 112), torch.tensor([2, 5]))  # grids (1, 2) and (2, 1)
     assert seen[0][:, :2].abs().amax((2, 3)).min() > 0.1
     torch.testing.assert_close(seen[0][:, 2:], torch.zeros(2, 2, 65, 32), atol=1e-5, rtol=0)
+
+
+def test_rows_trained_together_are_those_that_a_prompt_is_prefilled_with():
+    """Several groups of several pictures, with text before, between and after them."""
+    torch.manual_seed(0)
+    model = Student.new(model_config(300, 32)).model.eval()
+    config, rng = model.config.text, Random(0)
+    tiles = [
+        TiledImage(torch.randn(2, 3, 112, 112), grid, model.config.vision.aspect_id(grid))
+        for grid in ((1, 2), (2, 1), (1, 2))
+    ]
+    rows, shown = [], []
+    for _ in range(8):
+        row = [config.image_token_id] * 4 + [rng.randrange(300) for _ in range(rng.randint(1, 8))]
+        rng.shuffle(row)
+        rows.append(row)
+        shown.append([rng.randrange(len(tiles)) for _ in range(4)])
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    with torch.inference_mode():
+        pixels = torch.stack([image.pixels for image in tiles])
+        features = model.encode(pixels, torch.tensor([image.aspect_id for image in tiles]))
+        hidden = hidden_states(model.text, ids, features, torch.tensor(shown))
+    groups = 0
+    for row, pictures, states in zip(rows, shown, hidden, strict=True):
+        cache = Cache(config, slots=1, max_text_tokens=16, visual_capacity=520, dtype=model.dtype)
+        images = [tiles[picture] for picture in pictures]
+        logits, _ = prefill(model, cache, 0, row, images, every_row=True)
+        assert_close(str(row), model.text.logits(states[: len(row)]), logits, 2e-5)
+        groups += len(image_groups(row, config.image_token_id))
+    assert 8 < groups < 32
 
 
 def test_every_parameter_is_initialised_and_every_gate_open():
@@ -295,37 +336,37 @@ def test_every_parameter_is_initialised_and_every_gate_open():
             assert 0.3 <= parameter.item() <= 0.8, name
 
 
-def smoke_settings(folder: Path) -> train_embedded.Settings:
-    return train_embedded.Settings(folder, 32, "cpu", 0, 0, 4, True)
+def smoke_settings(folder: Path) -> train.Settings:
+    return train.Settings(folder, 32, "cpu", 0, 0, 4, True)
 
 
 def test_a_stopped_stage_goes_on_from_its_checkpoint(tmp_path):
     settings = smoke_settings(tmp_path)
-    build = partial(train_embedded.new_seer, settings)
-    batches = partial(train_embedded.page_stream, settings)
-    stage = Stage("A", 0.4 / 3600, build, batches, train_embedded.page_losses)
+    build = partial(train.new_seer, settings)
+    batches = partial(train.page_stream, settings)
+    stage = Stage("A", 0.4 / 3600, build, batches, train.page_losses)
     recorder = Recorder(tmp_path)
-    train(stage, stage.build(), recorder)
+    training.train(stage, stage.build(), recorder)
     before = recorder.load("A")
     assert before["progress"]["step"] > 0
-    unchanged = train(stage, stage.build(), recorder)
+    unchanged = training.train(stage, stage.build(), recorder)
     for name, value in unchanged.state_dict().items():
         assert torch.equal(value, before["module"][name]), name
-    train(replace(stage, hours=stage.hours + 2 / 3600), stage.build(), recorder)
+    training.train(replace(stage, hours=stage.hours + 2 / 3600), stage.build(), recorder)
     assert recorder.load("A")["progress"]["step"] > before["progress"]["step"]
 
 
 def test_the_whole_recipe_ends_in_a_checkpoint_that_answers(tmp_path):
     settings = smoke_settings(tmp_path)
     hours = dict.fromkeys("ABC", 0.5 / 3600)
-    student = train_embedded.run(settings, hours, helpers=0, log_every=0.1)
+    student = train.run(settings, hours, helpers=0, log_every=0.1)
     export(student.model, settings.chat, tmp_path / "checkpoint")
     model = LlamaVision.from_pretrained(tmp_path / "checkpoint", device="cpu")
     for (name, ours), theirs in zip(
         student.model.named_parameters(), model.model.parameters(), strict=True
     ):
         assert torch.equal(ours.bfloat16(), theirs), name
-    assert model.model.vision.absent_tiles_alike
+    assert model.model.vision.padding_tiles_alike
     model = LlamaVision.from_pretrained(tmp_path / "checkpoint", device="cpu", dtype="float32")
     items = make_exam(4, 2, minimal=True)
     assert items == make_exam(4, 2, minimal=True)

@@ -7,12 +7,13 @@ import torch
 from conftest import CASES, TINY, assert_close, case_images, golden_json, golden_tensors
 from oracle import full_attention
 
-from llama_vision.config import Config
+from llama_vision.checkpoint.config_json import read_config
+from llama_vision.engine.encode import encode_group
 from llama_vision.model.layers import merge_heads, split_heads
 from llama_vision.model.vision import Layout, VisionEncoder, real_tokens_first
 
 TOLERANCE = 1e-4
-VISION = Config.from_directory(TINY).vision
+VISION = read_config(TINY).vision
 SLOTS = 24  # 17 tokens a tile, padded to a multiple of 8
 WITH_IMAGES = [case for case in CASES if case != "text_only"]
 
@@ -36,23 +37,19 @@ def vision(tiny):
     return tiny.model.vision
 
 
-def test_patch_embedding(vision):
-    out = vision.patch_embedding(golden("patch_embed.in")).flatten(2).transpose(1, 2)
-    assert_close("patch_embed", out, golden("patch_embed.out"), TOLERANCE)
+MODULES = {
+    "patch_embed": lambda v, x: v.patch_embedding(x).flatten(2).transpose(1, 2),
+    "pre_tile": lambda v, x: v.pre_tile_positional_embedding(x, ASPECT_ID),
+    "position_embed": lambda v, x: v.gated_positional_embedding(x, ASPECT_ID),
+    "ln_pre": lambda v, x: v.layernorm_pre(x),
+    "ln_post": lambda v, x: v.layernorm_post(x),
+}
 
 
-def test_embedding_of_tiles_before_the_blocks(vision):
-    out = vision.pre_tile_positional_embedding(golden("pre_tile.in"), ASPECT_ID)
-    assert_close("pre_tile", out, golden("pre_tile.out"), TOLERANCE)
-
-
-def test_embedding_of_positions(vision):
-    out = vision.gated_positional_embedding(golden("position_embed.in"), ASPECT_ID)
-    assert_close("position_embed", out, golden("position_embed.out"), TOLERANCE)
-
-
-def test_norm_before_the_blocks(vision):
-    assert_close("ln_pre", vision.layernorm_pre(golden("ln_pre.in")), golden("ln_pre.out"), 1e-4)
+@pytest.mark.parametrize("name", MODULES)
+def test_module(vision, name):
+    out = MODULES[name](vision, golden(f"{name}.in"))
+    assert_close(name, out, golden(f"{name}.out"), TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -65,11 +62,6 @@ def test_blocks(vision, name, stack):
     block = vision.get_submodule(f"{stack}.layers.{index}")
     out = block(golden(f"{name}.in")[:, ORDER], LAYOUT)
     assert_close(name, out, golden(f"{name}.out")[:, ORDER], TOLERANCE)
-
-
-def test_norm_after_the_local_blocks(vision):
-    out = vision.layernorm_post(golden("ln_post.in")[:, ORDER])
-    assert_close("ln_post", out, golden("ln_post.out")[:, ORDER], TOLERANCE)
 
 
 def test_embedding_of_tiles_after_the_local_blocks(vision):
@@ -118,25 +110,16 @@ def test_real_tokens_come_first_and_keep_their_order(tiles, tokens):
 
 
 @pytest.mark.parametrize("case", WITH_IMAGES)
-def test_features_of_every_image(case, vision):
+def test_features_of_every_image_and_projected_as_one_group(case, tiny):
     tensors = golden_tensors(f"cases/{case}")
-    images = [image for sample in case_images(case) for image in sample]
+    images = [image for of_prompt in case_images(case) for image in of_prompt]
     features = [
-        vision(image.pixels[None], torch.tensor([VISION.aspect_id(image.grid)]))[0]
+        tiny.model.vision(image.pixels[None], torch.tensor([VISION.aspect_id(image.grid)]))[0]
         for image in images
     ]
     assert_close(case, torch.cat(features), tensors["vision_features"], TOLERANCE)
-
-
-@pytest.mark.parametrize("case", WITH_IMAGES)
-def test_projected_features_of_a_batch(case, tiny):
-    visual = tiny.model.encode_images(case_images(case))
-    expected = golden_tensors(f"cases/{case}")["projected"]
-    assert_close(case, visual.features[visual.valid], expected.flatten(0, 1), TOLERANCE)
-
-
-def test_no_image_gives_no_tokens(tiny):
-    assert tiny.model.encode_images([[], []]) is None
+    projected = encode_group(tiny.model, images).features
+    assert_close(case, projected, tensors["projected"].flatten(0, 1), TOLERANCE)
 
 
 def test_images_of_one_size_are_encoded_as_each_alone(vision):
@@ -149,16 +132,16 @@ def test_images_of_one_size_are_encoded_as_each_alone(vision):
 
 
 @pytest.mark.parametrize("grid", VISION.grids)
-def test_one_absent_tile_stands_for_all_of_them(vision, grid, monkeypatch):
+def test_one_padding_tile_stands_for_all_of_them(vision, grid, monkeypatch):
     """The golden features are made so; here against the encoder that computes every one."""
     torch.manual_seed(0)
     pixels = torch.randn(2, math.prod(grid), 3, VISION.image_size, VISION.image_size)
     ids = torch.tensor([VISION.aspect_id(grid)] * 2)
-    assert vision.absent_tiles_alike
+    assert vision.padding_tiles_alike
     rows = []
     vision.transformer.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[1]))
     stand_in = vision(pixels, ids)
-    monkeypatch.setattr(vision, "absent_tiles_alike", False)
+    monkeypatch.setattr(vision, "padding_tiles_alike", False)
     assert_close("features", stand_in, vision(pixels, ids), 1e-5)
     assert rows == [min(math.prod(grid) + 1, 4) * SLOTS, 4 * SLOTS]
 
@@ -171,21 +154,21 @@ def test_one_absent_tile_stands_for_all_of_them(vision, grid, monkeypatch):
         "post_tile_positional_embedding.embedding",
     ],
 )
-def test_absent_tiles_that_differ_are_all_computed(vision, table):
+def test_padding_tiles_that_differ_are_all_computed(vision, table):
     """Somebody may have trained the tables' unused entries."""
     encoder = copy.deepcopy(vision)
     weight = encoder.get_submodule(table).weight
     pixels, id = torch.randn(1, 1, 3, 56, 56), VISION.aspect_id((1, 1))
-    slot = weight[id].unflatten(0, (4, -1))[2]  # the second of three absent tiles
+    slot = weight[id].unflatten(0, (4, -1))[2]  # the second of three padding tiles
     slot.copy_(torch.randn_like(slot))
-    encoder.compare_absent_tiles()
-    assert not encoder.absent_tiles_alike
+    encoder.compare_padding_tiles()
+    assert not encoder.padding_tiles_alike
     differs = encoder(pixels, torch.tensor([id])) - vision(pixels, torch.tensor([id]))
     assert differs.abs().max() > 1e-3
 
 
-def test_taps_are_inputs_of_their_blocks():
-    """Tap 0 is what enters the first block; the features of a tap are interleaved."""
+def test_intermediate_features_are_inputs_of_their_blocks():
+    """Those of block 0 are what enters it; features of several blocks are interleaved."""
     torch.manual_seed(0)
     config = dataclasses.replace(VISION, intermediate_layers_indices=(0, 2))
     encoder = VisionEncoder(config).eval().requires_grad_(False)

@@ -14,11 +14,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llama_vision import LlamaVisionError
-from llama_vision.checkpoint.loading import choose_dtype, load_config, parse_device
-from llama_vision.cli.main import number
+from llama_vision.checkpoint.devices import choose_dtype, parse_device
+from llama_vision.checkpoint.hub import load_config
+from llama_vision.cli.arguments import number
 from llama_vision.cli.reports import print_plan
-from llama_vision.memory.largest import DEFAULT_SEQ_LEN, workload_alike
-from llama_vision.memory.plan import PREFILL_CHUNK
+from llama_vision.engine.workload import DEFAULT_SEQ_LEN, PREFILL_CHUNK, workload_alike
 
 
 def main() -> int:

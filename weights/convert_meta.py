@@ -29,7 +29,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also runs where not installed
-from llama_vision.checkpoint.loading import CheckpointError, Entry, match_names
+from llama_vision.checkpoint.config_json import config_from_dict, config_to_dict
+from llama_vision.checkpoint.files import CheckpointError, Entry
+from llama_vision.checkpoint.names import match_names
 from llama_vision.config import DTYPES, Config, LlamaVisionError, official_config
 from llama_vision.model.model import LlamaVisionModel
 
@@ -284,7 +286,7 @@ def read_config(path: Path, template: Config, dtype: torch.dtype) -> Config:
         image_size=number("vision_chunk_size"),
         max_num_tiles=number("vision_max_num_chunks", 4),
     )
-    return Config.from_dict(Config(vision, text, dtype).to_dict())  # which checks it
+    return config_from_dict(config_to_dict(Config(vision, text, dtype)))  # which checks it
 
 
 def generation_json(config: Config) -> dict[str, Any]:
@@ -435,7 +437,7 @@ def convert(
         write_shard(target / file, {name: make[name](config, parts) for name in names})
         weight_map |= dict.fromkeys(names, file)
         print(f"{file}: {sum(sizes[name] for name in names):,} bytes", file=sys.stderr)
-    write_json(target / "config.json", config.to_dict())
+    write_json(target / "config.json", config_to_dict(config))
     write_json(target / "generation_config.json", generation_json(config))
     shutil.copyfile(source / "tokenizer.model", target / "tokenizer.model")
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

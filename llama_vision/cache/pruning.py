@@ -1,8 +1,8 @@
 """The pruning hook and the rules that ship with it.
 
-After the first cross-attention block of a prefill a pruner is asked once which visual tokens to
-keep. Later cross-attention blocks project keys and values of those only, the cache holds only
-those, and decoding reads only those.
+After the first cross-attention block over a group of images a pruner is asked once which of their
+visual tokens to keep. Later cross-attention blocks project keys and values of those only, the cache
+holds only those, and decoding reads only those.
 
 A pruner is any callable that fits `Pruner`. It may also have the attributes of `Rule`.
 """
@@ -33,13 +33,13 @@ class Pruner(Protocol):
         """Choose.
 
         Args:
-            saliency: [B, H, V], float32: how much attention the text pays each visual token in the
+            saliency: [H, V], float32: how much attention the text pays each visual token in the
                 first cross-attention block, as probability per query head summed over the text rows
-                that vote. Zero in the padding.
-            visual: where each token sits, which are padding, and how many each sample may keep.
+                that vote.
+            visual: where each token sits, and how many may be kept.
 
         Returns:
-            [B, V], bool, True for tokens to keep: one at least of every sample that has any.
+            [V], bool, True for tokens to keep: one at least.
         """
         ...
 
@@ -49,8 +49,9 @@ class Rule:
     """Options of every rule here, for what the paper leaves open."""
 
     votes: Votes = "all"
-    """Text rows whose attention counts: "all" that see the image, as in the paper's figure; those
-    "after" it, so without the `<|image|>` rows themselves; or only the "last" row of the prompt."""
+    """Text rows whose attention counts: "all" that see the images, as in the paper's figure; those
+    "after" them, so without the `<|image|>` rows themselves; or only the "last" row of the text
+    that sees them."""
     keep_class_tokens: bool = False
     """Keep the class token of every tile, whatever attention it gets."""
     trim_first_layer: bool = True
@@ -81,46 +82,34 @@ class TrimmedLlama(Rule):
 
     def __call__(self, saliency: Tensor, visual: VisualTokens) -> Tensor:
         """See `Pruner`."""
-        lengths = visual.lengths
-        k = torch.tensor([math.ceil(self.k_ratio * length) for length in lengths])
-        best = best_ranks(saliency, visual)
+        best = best_ranks(saliency)
         if self.keep_class_tokens:
             best = best.masked_fill(visual.is_class, -1)
-        kept = best < k.to(best.device)[:, None]
-        if visual.budget is None:
+        kept = best < math.ceil(self.k_ratio * len(best))
+        if visual.budget is None or visual.budget >= len(best):
             return kept
         return kept & _within_budget(best, saliency, visual.budget)
 
 
-def best_ranks(saliency: Tensor, visual: VisualTokens) -> Tensor:
-    """A token's place in the order of the head that ranks it highest: [B, H, V] -> [B, V], int64.
+def best_ranks(saliency: Tensor) -> Tensor:
+    """A token's rank in the order of the head that ranks it highest: [H, V] -> [V], int64.
 
-    0 is the most attended; of equals the earlier token goes first; padding comes after all tokens.
-    The union over heads of each head's top k is `best_ranks(…) < k`.
+    0 is the most attended; of equals the earlier token goes first. The union over heads of each
+    head's top k is `best_ranks(…) < k`.
     """
-    saliency = saliency.masked_fill(~visual.valid[:, None], -torch.inf)
     order = saliency.argsort(dim=-1, descending=True, stable=True)
-    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, places).amin(dim=1)
+    ranks = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, ranks).amin(dim=0)
 
 
-def _within_budget(best: Tensor, saliency: Tensor, budget: Sequence[int]) -> Tensor:
-    """The union of the largest k that leaves at most `budget` tokens of each sample: [B, V].
+def _within_budget(best: Tensor, saliency: Tensor, budget: int) -> Tensor:
+    """The union of the largest k that leaves at most `budget` tokens: [V].
 
     Where not even k = 1 fits, those most attended by all heads together among it.
     """
-    masks = []
-    for ranks, heads, most in zip(best, saliency, budget, strict=True):
-        if most >= len(ranks):
-            masks.append(torch.ones_like(ranks, dtype=torch.bool))
-            continue
-        # The first token beyond the budget, in order of rank, has the rank that k cannot exceed.
-        k = ranks.sort().values[most]
-        mask = ranks < k
-        if not mask.any():
-            mask = _first(heads.sum(0).masked_fill(ranks > 0, -torch.inf), most)
-        masks.append(mask)
-    return torch.stack(masks)
+    # The first token beyond the budget, in order of rank, has the rank that k cannot exceed.
+    kept = best < best.sort().values[budget]
+    return kept if kept.any() else _first(saliency.sum(0).masked_fill(best > 0, -torch.inf), budget)
 
 
 def _first(scores: Tensor, count: int) -> Tensor:
@@ -130,13 +119,14 @@ def _first(scores: Tensor, count: int) -> Tensor:
 
 
 Keep = float | int | Sequence[int] | Pruner
-"""How many tokens of each sample to keep: a fraction of them, a count, a count for each sample, or
-as many as another pruner would keep of the same sample (the only fair comparison)."""
+"""How many tokens of each group of images to keep: a fraction of them, a count, a count for each
+group of the conversation, or as many as another pruner would keep of the same group (the only fair
+comparison)."""
 
 
 @dataclass(frozen=True)
 class BestTokens(Rule, ABC):
-    """A rule that scores tokens and keeps the `keep` best of each sample."""
+    """A rule that scores tokens and keeps the `keep` best of each group of images."""
 
     keep: Keep
 
@@ -156,32 +146,30 @@ class BestTokens(Rule, ABC):
 
     @abstractmethod
     def scores(self, saliency: Tensor, visual: VisualTokens) -> Tensor:
-        """How good each token is: [B, V]."""
+        """How good each token is: [V]."""
 
     def __call__(self, saliency: Tensor, visual: VisualTokens) -> Tensor:
         """See `Pruner`."""
         scores = self.scores(saliency, visual).float()
         if self.keep_class_tokens:
             scores = scores.masked_fill(visual.is_class, torch.inf)
-        scores = scores.masked_fill(~visual.valid, -torch.inf)
-        counts = self._counts(saliency, visual)
-        if visual.budget is not None:
-            counts = [min(pair) for pair in zip(counts, visual.budget, strict=True)]
-        return torch.stack([_first(row, n) for row, n in zip(scores, counts, strict=True)])
+        count = self._count(saliency, visual)
+        return _first(scores, count if visual.budget is None else min(count, visual.budget))
 
-    def _counts(self, saliency: Tensor, visual: VisualTokens) -> list[int]:
-        lengths = visual.lengths
+    def _count(self, saliency: Tensor, visual: VisualTokens) -> int:
+        tokens = saliency.shape[-1]
         if callable(self.keep):
-            counts = self.keep(saliency, visual).sum(-1).tolist()
-        elif isinstance(self.keep, float):
-            counts = [math.ceil(self.keep * length) for length in lengths]
-        elif isinstance(self.keep, int):
-            counts = [self.keep] * len(lengths)
-        else:
-            counts = list(self.keep)
-        if len(counts) != len(lengths):
-            raise PruningError(f"keep has {len(counts)} counts, expected {len(lengths)} samples")
-        return [min(pair) for pair in zip(counts, lengths, strict=True)]
+            return int(self.keep(saliency, visual).sum())
+        if isinstance(self.keep, float):
+            return math.ceil(self.keep * tokens)
+        if isinstance(self.keep, int):
+            return self.keep
+        if visual.group >= len(self.keep):
+            raise PruningError(
+                f"keep has {len(self.keep)} counts and this is group {visual.group + 1} of images; "
+                "expected a count for each"
+            )
+        return self.keep[visual.group]
 
 
 @dataclass(frozen=True)
@@ -190,30 +178,26 @@ class TopK(BestTokens):
 
     def scores(self, saliency: Tensor, visual: VisualTokens) -> Tensor:
         """Mean over heads."""
-        return saliency.mean(dim=1)
+        return saliency.mean(dim=0)
 
 
 @dataclass(frozen=True)
 class LastQuery(TopK):
-    """The tokens that the prompt's last row attends to most, averaged over heads."""
+    """The tokens that the last row of the text attends to most, averaged over heads."""
 
     votes: Votes = field(default="last", kw_only=True)
 
 
 @dataclass(frozen=True)
 class RandomTokens(BestTokens):
-    """Any tokens; every sample draws with the same seed, so that it is as if it were alone."""
+    """Any tokens, drawn anew with the same seed for every group of images."""
 
     seed: int = 0
 
     def scores(self, saliency: Tensor, visual: VisualTokens) -> Tensor:
         """One draw for each token."""
-        rows = [
-            torch.rand(length, generator=torch.Generator().manual_seed(self.seed))
-            for length in visual.lengths
-        ]
-        rows = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        return rows.to(saliency.device)
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.rand(saliency.shape[-1], generator=generator).to(saliency.device)
 
 
 @dataclass(frozen=True)
@@ -242,35 +226,33 @@ class KeyNorm(BestTokens):
 
     def scores(self, saliency: Tensor, visual: VisualTokens) -> Tensor:
         """Minus the mean length of the first block's keys."""
-        return -visual.keys.float().norm(dim=-1).mean(dim=1)
+        return -visual.keys.float().norm(dim=-1).mean(dim=0)
 
 
 def check_keep_mask(keep: Tensor, pruner: Pruner, visual: VisualTokens) -> Tensor:
-    """A pruner's answer, without padding.
+    """A pruner's answer, if it is one.
 
     Raises:
-        PruningError: it is no bool tensor [B, V], leaves a sample nothing, or exceeds the budget.
+        PruningError: it is no bool tensor [V], keeps nothing, or exceeds the budget.
     """
     name = getattr(pruner, "__name__", type(pruner).__name__)
-    shape = tuple(visual.image.shape)
-    if not isinstance(keep, Tensor) or keep.dtype != torch.bool or tuple(keep.shape) != shape:
+    tokens = len(visual.image)
+    if not isinstance(keep, Tensor) or keep.dtype != torch.bool or tuple(keep.shape) != (tokens,):
         got = f"{keep.dtype} {list(keep.shape)}" if isinstance(keep, Tensor) else repr(keep)
+        batched = isinstance(keep, Tensor) and keep.ndim == 2
         raise PruningError(
-            f"pruner {name} returned {got}; expected a torch.bool tensor [B, V] = {list(shape)}"
+            f"pruner {name} returned {got}; expected a torch.bool tensor [V] = [{tokens}]"
+            + ": there is no batch axis any more, saliency is [H, V] of one group of images"
+            * batched
         )
-    keep = keep.to(visual.image.device) & visual.valid
-    for sample, (kept, length) in enumerate(
-        zip(keep.sum(-1).tolist(), visual.lengths, strict=True)
-    ):
-        if length and not kept:
-            raise PruningError(
-                f"pruner {name} kept none of the {length} visual tokens of sample {sample}; "
-                "expected one at least"
-            )
-        if visual.budget is not None and kept > visual.budget[sample]:
-            raise PruningError(
-                f"pruner {name} kept {kept} visual tokens of sample {sample} and the visual "
-                f"budget is {visual.budget[sample]}; raise --visual-budget (visual_budget), or "
-                "let the pruner heed visual.budget"
-            )
+    kept = int(keep.sum())
+    if not kept:
+        raise PruningError(
+            f"pruner {name} kept none of the {tokens} visual tokens; expected one at least"
+        )
+    if visual.budget is not None and kept > visual.budget:
+        raise PruningError(
+            f"pruner {name} kept {kept} visual tokens and the visual budget is {visual.budget}; "
+            "raise --visual-budget (visual_budget), or let the pruner heed visual.budget"
+        )
     return keep

@@ -9,31 +9,27 @@ import torch
 from llama_vision.api import LlamaVision
 from llama_vision.cache.kv import Cache
 from llama_vision.config import Config, SettingError
-from llama_vision.engine.engine import Generation
-from llama_vision.inputs.chat import Prompt
-from llama_vision.memory.fit import human_bytes, known_free_memory, parse_bytes
-from llama_vision.memory.largest import largest_settings
-from llama_vision.memory.plan import MemoryPlan, Workload, plan_run
+from llama_vision.engine.engine import Engine
+from llama_vision.engine.request import Request
+from llama_vision.engine.workload import Workload
+from llama_vision.memory.fit import largest_settings
+from llama_vision.memory.free import known_free_memory
+from llama_vision.memory.plan import MemoryPlan, plan_run
+from llama_vision.memory.units import human_bytes, parse_bytes
 
 
 def make_report(
-    name: str,
-    model: LlamaVision,
-    prompt: Prompt,
-    generation: Generation,
-    load_seconds: float,
+    name: str, model: LlamaVision, engine: Engine, request: Request, load_seconds: float
 ) -> dict[str, Any]:
     """What --json prints: bytes, seconds, and the completion itself."""
-    (completion,) = generation.completions()
-    seconds = {"load": load_seconds, **generation.seconds}
+    completion = engine.completion(request)
+    seconds = {"load": load_seconds, **engine.seconds}
     steps = len(completion.token_ids)
-    planned = plan_run(
-        model.config, generation.workload, dtype=model.model.dtype, device=model.device
-    )
+    planned = plan_run(model.config, engine.workload, dtype=model.model.dtype, device=model.device)
     return {
         "text": completion.text,
         "token_ids": completion.token_ids,
-        "prompt_token_ids": list(prompt.token_ids),
+        "prompt_token_ids": list(request.prompt.token_ids),
         "logprobs": completion.logprobs,
         "finish_reason": completion.finish_reason,
         "model": str(name),
@@ -42,11 +38,11 @@ def make_report(
         "visual_tokens": completion.visual_tokens._asdict(),
         "memory": {
             "weights": sum(parameter.nbytes for parameter in model.model.parameters()),
-            "text_cache": generation.cache.text.nbytes,
-            "visual_cache": generation.cache.visual.nbytes,
-            "peak": generation.ledger.peak,
+            "text_cache": engine.cache.text.nbytes,
+            "visual_cache": engine.cache.visual.nbytes,
+            "peak": engine.ledger.peak,
         },
-        "ledger": {"planned": planned.to_dict(), "peaks": generation.ledger.peaks},
+        "ledger": {"planned": planned.to_dict(), "peaks": engine.ledger.peaks},
         "seconds": seconds,
         "tokens_per_second": steps / seconds["decode"] if seconds["decode"] else 0.0,
     }
@@ -99,16 +95,16 @@ def print_plan(
         "model": name,
         "dtype": str(dtype).removeprefix("torch."),
         "device": str(device),
-        "batch": len(workload.grids),
-        "images": [len(sample) for sample in workload.grids],
-        "tiles": [[rows * cols for rows, cols in sample] for sample in workload.grids],
+        "batch": len(workload.prompts),
+        "images": [len(prompt.grids) for prompt in workload.prompts],
+        "tiles": [[rows * cols for rows, cols in prompt.grids] for prompt in workload.prompts],
         "max_seq_len": workload.max_text_tokens,
         "free": free,
         **plan.to_dict(),
     }
     if fit is None:
         print(format_heading(data))
-        print(format_plan(plan, workload, config, free))
+        print(format_plan(plan, workload, config, device.type, free))
     else:
         if room is None:
             raise SettingError(f"what is free on {device} is unknown; give a size: --fit 24GiB")
@@ -132,32 +128,36 @@ def format_heading(data: dict[str, Any]) -> str:
     )
 
 
-def format_plan(plan: MemoryPlan, workload: Workload, config: Config, free: int | None) -> str:
+def format_plan(
+    plan: MemoryPlan, workload: Workload, config: Config, device: str, free: int | None
+) -> str:
     """A plan as a table: names, human units, exact bytes."""
-    batch = len(workload.grids)
     one = Cache.plan(
         config.text,
-        batch=1,
+        slots=1,
         max_text_tokens=1,
         visual_capacity=config.vision.tokens_per_tile,
         dtype=plan.dtype,
     )
-    whole = replace(workload, budget=None, trim_first_layer=True)
+    whole = replace(workload, visual_budget=None, trim_first_layer=True)
     in_full = Cache.plan(config.text, dtype=plan.dtype, **whole.cache_sizes(config)).visual
     rows = [("weights", plan.weights)]
     rows += [(f"  {part}", size) for part, size in plan.parts.items()]
     rows += [("text cache", plan.text_cache), ("  a token of one prompt", one.text)]
     rows += [("visual cache", plan.visual_cache)]
-    tiles = max((rows * cols for sample in workload.grids for rows, cols in sample), default=0)
+    grids = (grid for prompt in workload.prompts for grid in prompt.grids)
+    tiles = max((rows * cols for rows, cols in grids), default=0)
     rows += [("  a tile of one image", one.visual)]
     rows += [(f"  an image of {tiles}", tiles * one.visual)] if tiles > 1 else []
-    rows += [("  one prompt", plan.visual_cache // batch)]
-    rows += [("  without the budget", in_full)] if workload.budget is not None else []
+    rows += [("  one prompt", plan.visual_cache // workload.slots)]
+    rows += [("  without the budget", in_full)] if workload.visual_budget is not None else []
     rows += [("working memory, at most", plan.working)]
     rows += [(f"  {phase}", size) for phase, size in plan.phases.items()]
     rows += [("total", plan.total)]
     rows += [("free", free)] if free is not None else []
-    return "\n".join(f"{name:<26}{human_bytes(size):>12}{size:>20,}" for name, size in rows)
+    lines = [f"{name:<26}{human_bytes(size):>12}{size:>20,}" for name, size in rows]
+    scratch = "oneDNN's and MKL's scratch" if device == "cpu" else "libraries' workspaces"
+    return "\n".join([*lines, f"(of tensors; {scratch}, which the processor decides, on top)"])
 
 
 def format_fit(data: dict[str, Any]) -> str:

@@ -1,249 +1,287 @@
-"""One batch being generated: prefill, decode, sample, and what came of it."""
+"""The engine: prompts go in one at a time, and answers come out of all slots together.
 
-import math
-import time
+A slot is one conversation's place in the cache. A `step` prefills the next request that waits into
+a slot that is free, or else makes one more token for every slot; a slot whose answer has ended
+takes the next request. A single answer, a batch, a stream and a conversation are the same engine.
+"""
+
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llama_vision.cache.kv import Cache
-from llama_vision.cache.pruning import Pruner
-from llama_vision.cache.visual_tokens import VisualTokens
-from llama_vision.engine.decode import Stepper
-from llama_vision.engine.sampling import Sampling
+from llama_vision.config import LlamaVisionError
+from llama_vision.engine.capture import check_compiler
+from llama_vision.engine.decode import Decoder
+from llama_vision.engine.prefill import prefill
+from llama_vision.engine.request import Checkpoint, Completion, Request, TextOfRequest
+from llama_vision.engine.sampling import sample
+from llama_vision.engine.settings import Settings
+from llama_vision.engine.stopwatch import Stopwatch
+from llama_vision.engine.workload import DEFAULT_SEQ_LEN, Workload, slot_capacity
 from llama_vision.inputs.chat import Prompt
-from llama_vision.inputs.image import TiledImage
-from llama_vision.inputs.tokenizer import TextStream, Tokenizer
-from llama_vision.memory.plan import Ledger, Workload
-from llama_vision.model.model import LlamaVisionModel
+from llama_vision.inputs.image import tile_image
+from llama_vision.model import kernels
 
 
-class VisualCounts(NamedTuple):
-    """Visual tokens of one sample."""
-
-    encoded: int
-    """Those that the encoder attends to: of `max_num_tiles` tiles an image, absent or not."""
-    valid: int
-    """Those of real tiles."""
-    kept: int
-    """Those that the cross-attention blocks after the first, and decoding, could read."""
+class EngineError(LlamaVisionError):
+    """An engine that is closed, or a request that cannot be gone on from."""
 
 
-@dataclass(frozen=True)
-class Completion:
-    """What the model made of one prompt."""
-
-    token_ids: list[int]
-    """Generated ids, a final stop token included."""
-    logprobs: list[float]
-    """Natural log of each id's probability under the model itself (temperature 1), float32."""
-    text: str
-    """Without special tokens; empty where the checkpoint has no tokenizer."""
-    finish_reason: Literal["stop", "length", "interrupted"]
-    visual_tokens: VisualCounts
-    kept: list[Tensor]
-    """For each image a bool tensor [tiles, P]; class token first, then patches row by row."""
-
-
-class Generation:
-    """One batch of prompts being continued. Iterate over it; then ask for `completions()`.
-
-    Every step gives the new token id of each sample, None once that sample has finished. Made by
-    `LlamaVision.start`, which checks and completes the settings.
+class Engine:
+    """Answers requests on a loaded checkpoint.
 
     Args:
-        images: the tiled images of each prompt.
-        workload: the sizes of all this, from which the cache is allocated.
-        limits: most tokens of each sample, prompt and answer together.
-        track_memory: note the peaks of memory in `ledger`.
-        compiled: compile the steps of decoding, see `stepping`.
+        model: a `LlamaVision`.
+        slots: conversations that are held at once.
+        max_seq_len: most tokens of each, prompts and answers together.
+        visual_budget: most visual tokens of a group of images to keep, for which the cache is
+            allocated: a count, or a fraction of the group's, in the cache of one image of all
+            tiles; None to enlarge the cache to what is needed.
+        visual_capacity: visual tokens that a slot has room for, where that is known better: in the
+            later cross-attention layers, and in the first, which some rules leave whole.
+        compiled: compile decoding, for which the first steps wait.
+        graphs: on CUDA, capture decoding as graphs.
+        force: allocate even where memory seems not to suffice.
+
+    Raises:
+        LlamaVisionError: a number is out of range, or so many slots do not fit.
     """
 
     def __init__(
         self,
-        model: LlamaVisionModel,
-        tokenizer: Tokenizer | None,
-        prompts: Sequence[Prompt],
-        images: list[list[TiledImage]],
-        workload: Workload,
+        model: Checkpoint,
         *,
-        limits: list[int],
-        sampling: Sampling,
-        seed: int,
-        stop_ids: frozenset[int],
-        pruner: Pruner | None,
-        track_memory: bool,
+        slots: int = 1,
+        max_seq_len: int = DEFAULT_SEQ_LEN,
+        visual_budget: float | int | None = None,
+        visual_capacity: tuple[int | None, int | None] | None = None,
         compiled: bool = False,
+        graphs: bool = True,
+        force: bool = False,
     ):
-        self.model, self.tokenizer = model, tokenizer
-        self.prompts, self.images = prompts, images
-        self.workload = workload
-        self.limits, self.sampling, self.stop_ids = limits, sampling, stop_ids
-        self.pruner, self.compiled = pruner, compiled
-        self.stepper: Stepper | None = None
-        self.generators = [torch.Generator().manual_seed(seed) for _ in prompts]
-        self.cache = self._allocate()
-        self.kept: list[list[Tensor]] = [[] for _ in prompts]
-        self.token_ids: list[list[int]] = [[] for _ in prompts]
-        self.logprobs: list[list[float]] = [[] for _ in prompts]
-        self.finish_reasons: list[str | None] = [None] * len(prompts)
+        capacity = slot_capacity(model.config, slots, max_seq_len, visual_budget)
+        later, first = visual_capacity or (capacity, None)
+        if compiled:
+            check_compiler(model.model.device.type)
+        if not force:
+            model.room.check_slots(slots, max_seq_len, capacity)
+        if model.model.dtype == torch.float32:
+            kernels.fastest()  # now, not in a run that is measured
+        self.checkpoint, self.config = model, model.config
+        self.cache = Cache(
+            model.config.text,
+            slots=slots,
+            max_text_tokens=max_seq_len,
+            visual_capacity=later,
+            first_visual_capacity=first,
+            dtype=model.model.dtype,
+            device=model.model.device,
+        )
+        self.decoder = Decoder(model.model, self.cache, compiled=compiled, graphs=graphs)
+        self.visual_budgets = [b for b in (visual_budget, capacity) if b is not None]
+        self.waiting: deque[Request] = deque()
+        self.held: dict[int, Request] = {}
+        """The latest request of each slot that is taken."""
+        self.closed = False
+        self.workload: Workload | None = None  # what it was made for, if that was known
         self.seconds = {"vision": 0.0, "prefill": 0.0, "decode": 0.0}
-        self.ledger = self._open_ledger() if track_memory else None
+        self.ledger: Any = None  # a `memory.ledger.Ledger` that is to note the peaks of memory
 
-    def __iter__(self) -> Iterator[list[int | None]]:
-        """Prefill, then decode until every sample has finished."""
-        logits = self._prefill()
-        while True:
-            with self._phase("decode", "sampling"):
-                new = self._choose(logits)
-            yield new
-            if all(self.finish_reasons):
-                return
-            del logits
+    def submit(
+        self,
+        prompt: Prompt,
+        settings: Settings | None = None,
+        *,
+        after: Request | None = None,
+        hold: bool = False,
+        **given: Any,
+    ) -> Request:
+        """Ask for an answer; it is made by `step`.
+
+        Args:
+            settings: of this request; `given` ones, by name, take their place.
+            after: a request whose answer has ended and whose slot was held: the prompt goes on
+                from there, and only its own rows are run.
+            hold: keep the slot when the answer has ended, until `release`.
+
+        Raises:
+            LlamaVisionError: the engine is closed, or a setting or the prompt does not fit it.
+        """
+        if self.closed:
+            raise EngineError("the engine is closed and takes no more requests; make a new one")
+        request = Request(
+            prompt,
+            replace(settings or Settings(), **given),
+            self.checkpoint,
+            rows_before=self._rows_before(after),
+            capacity=self.cache.text.capacity,
+            after=after,
+            hold=hold,
+        )
+        self._check_budget(request)
+        self.waiting.append(request)
+        return request
+
+    def step(self) -> list[Request]:
+        """Prefill the next request that can be; where none can, one more token for every slot.
+
+        Returns:
+            The requests that have one more token now.
+
+        Raises:
+            LlamaVisionError: a prompt could not be run, for what its pruner answered, or no slot is
+                ever free for those that wait. Of the others nothing is lost.
+        """
+        entering = next(filter(self._can_enter, self.waiting), None)
+        if entering is not None:
+            self._enter(entering)
+            return [entering]
+        running = [r for _, r in sorted(self.held.items()) if r.finish_reason is None]
+        if running:
             with self._phase("decode"):
-                logits = self._decode(new)
+                logits = self.decoder.step({r.slot: r.token_ids[-1] for r in running})
+                if len(logits) > len(running):
+                    logits = logits[[r.slot for r in running]]
+            self._note_tokens(running, logits)
+        elif self.waiting:
+            raise EngineError(
+                f"all {self.cache.slots} slots are held by conversations and "
+                f"{len(self.waiting)} requests wait; release one of them, or give the engine more"
+            )
+        return running
 
-    def text_pieces(self) -> Iterator[str]:
-        """The text of the only sample, in pieces of whole characters."""
-        stream = TextStream(self.tokenizer)
-        for (token,) in self:
-            if token not in self.stop_ids:
-                yield stream.add(token)
-        yield stream.end()
+    def run(self, *requests: Request) -> list[Completion]:
+        """Step until these have finished; their completions."""
+        while any(request.finish_reason is None for request in requests):
+            self.step()
+        return [self.completion(request) for request in requests]
 
-    def completions(self) -> list[Completion]:
-        """What has been made so far, one for each prompt."""
-        return [self._completion(sample) for sample in range(len(self.prompts))]
+    def stream(self, request: Request) -> Iterator[str]:
+        """Step until a request has finished, and yield its text in pieces of whole characters."""
+        text = TextOfRequest(request, self.checkpoint.tokenizer)
+        yield text.new()
+        while request.finish_reason is None:
+            self.step()
+            yield text.new()
+
+    def completion(self, request: Request) -> Completion:
+        """What has been made of a request so far."""
+        return request.completion(self.config, self.checkpoint.tokenizer)
+
+    def cancel(self, request: Request) -> None:
+        """End a request where it is; its slot is free for the next one."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+        if request.finish_reason is None:
+            request.finish_reason = "interrupted"
+            if not request.hold:
+                self._give_back(request)
+
+    def release(self, request: Request) -> None:
+        """Give back the slot of a conversation that was held; what waits to go on from it ends."""
+        for other in [other for other in self.waiting if other.after is request]:
+            self.cancel(other)
+        self.cancel(request)
+        self._give_back(request)
+
+    def close(self) -> None:
+        """End all requests where they are, and take no more."""
+        for request in (*self.waiting, *self.held.values()):
+            self.release(request)
+        self.closed = True
+
+    def _rows_before(self, after: Request | None) -> int:
+        """Rows of a conversation's slot, the last answer's token that was not fed back included."""
+        if after is None:
+            return 0
+        held = after.slot is not None and self.held.get(after.slot) is after
+        if not held or any(request.after is after for request in self.waiting):
+            raise EngineError(
+                "the conversation is not held any more, or has gone on; submit its first prompts "
+                "with hold=True, and go on from the latest request"
+            )
+        if after.finish_reason is None:
+            raise EngineError("the request to go on from has not finished; step until it has")
+        return self.cache.text.lengths[after.slot] + len(after.token_ids[-1:])
+
+    def _check_budget(self, request: Request) -> None:
+        pruned = request.settings.pruner is not None
+        for budget in (request.settings.visual_budget, *self.visual_budgets):
+            load = Workload((request.size,), 1, 1, pruned=pruned, visual_budget=budget)
+            load.check_budget(self.config)
+
+    def _can_enter(self, request: Request) -> bool:
+        """Whether there is a slot for it: a free one, or that of its conversation."""
+        return request.after is not None or len(self.held) < self.cache.slots
+
+    def _enter(self, request: Request) -> None:
+        """Give a request its slot and prefill it; if that fails, nobody else is concerned."""
+        self.waiting.remove(request)
+        free = (slot for slot in range(self.cache.slots) if slot not in self.held)
+        try:
+            self._rows_before(request.after)
+            request.slot = request.after.slot if request.after else next(free)
+            self.held[request.slot] = request
+            self._prefill(request)
+        except BaseException:
+            request.finish_reason = "interrupted"
+            self._give_back(request)
+            raise
+
+    def _give_back(self, request: Request) -> None:
+        if request.slot is not None and self.held.get(request.slot) is request:
+            self.cache.clear(request.slot)
+            del self.held[request.slot]
+        request.slot = None
 
     @torch.inference_mode()
-    def _prefill(self) -> Tensor:
-        """Encode the images, run the prompts: logits [B, vocabulary] of their last rows."""
-        with self._phase("vision"):
-            visual = self.model.encode_images(self.images)
-            self.images = []  # their pixels are not read again
-        with self._phase("prefill"):
-            logits = self._run_prompts(visual)
-        if visual is not None:
-            self.kept = visual.kept_of_images()
-        return logits
-
-    def _run_prompts(self, visual: VisualTokens | None) -> Tensor:
-        if visual is not None:
-            budget = self.workload.budget
-            visual.budget = None if budget is None else list(budget)
-        lengths = [len(prompt.token_ids) for prompt in self.prompts]
-        token_ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
-        for sample, prompt in enumerate(self.prompts):
-            token_ids[sample, : lengths[sample]] = torch.tensor(list(prompt.token_ids))
-        return self.model(
-            token_ids,
-            visual,
-            lengths=lengths,
-            cache=self.cache,
-            pruner=self.pruner,
-            prefill_chunk=self.workload.prefill_chunk,
-            last_row_only=True,
+    def _prefill(self, request: Request) -> None:
+        """Cut the pictures into tiles, run the prompt, and choose the first token."""
+        settings, side = request.settings, self.config.vision.image_size
+        budgets = (settings.visual_budget, *self.visual_budgets)
+        logits, request.kept = prefill(
+            self.checkpoint.model,
+            self.cache,
+            request.slot,
+            request.rows_to_prefill,
+            (tile_image(i, tile_size=side, max_tiles=request.tiles) for i in request.prompt.images),
+            pruner=settings.pruner,
+            visual_budgets=[budget for budget in budgets if budget is not None],
+            first_group=request.after.groups if request.after else 0,
+            chunk=settings.prefill_chunk,
+            phase=self._phase,
         )
+        self._note_tokens([request], logits)
 
-    @torch.inference_mode()
-    def _decode(self, new: list[int | None]) -> Tensor:
-        """One more row for each sample that has not finished: logits [B, vocabulary]."""
-        token_ids = [token or 0 for token in new]
-        lengths = [0 if reason else 1 for reason in self.finish_reasons]
-        if self.compiled:
-            self.stepper = self.stepper or Stepper(self.model, self.cache)
-            return self.stepper(token_ids, lengths)
-        rows = torch.tensor(token_ids)[:, None]
-        return self.model(rows, lengths=lengths, cache=self.cache, last_row_only=True)
-
-    @torch.inference_mode()
-    def _choose(self, logits: Tensor) -> list[int | None]:
-        """Draw each sample's next token and note it; None for those that had finished."""
-        chosen = self.sampling.choose(logits, self.generators)
-        logprobs = logits.log_softmax(dim=-1).gather(-1, chosen[:, None]).squeeze(-1)
-        step: list[int | None] = []
-        for sample, (token, logprob) in enumerate(
-            zip(chosen.tolist(), logprobs.tolist(), strict=True)
-        ):
-            if self.finish_reasons[sample]:
-                step.append(None)
-                continue
-            step.append(token)
-            self.token_ids[sample].append(token)
-            self.logprobs[sample].append(logprob)
-            length = len(self.prompts[sample].token_ids) + len(self.token_ids[sample])
-            if token in self.stop_ids:
-                self.finish_reasons[sample] = "stop"
-            elif length == self.limits[sample]:
-                self.finish_reasons[sample] = "length"
-        return step
-
-    def _allocate(self) -> Cache:
-        """The cache; what a pruner leaves without a budget is only known during prefill."""
-        sizes = self.workload.cache_sizes(self.model.config)
-        if self.workload.pruned and self.workload.budget is None:
-            sizes["visual_capacity"] = None
-        return Cache(
-            self.model.config.text, dtype=self.model.dtype, device=self.model.device, **sizes
-        )
-
-    def _open_ledger(self) -> Ledger:
-        """With what is there from the start: weights, caches, and the pictures that wait."""
-        stores = (self.cache.text, self.cache.visual)
-        return Ledger(
-            self.model.device,
-            *self.model.parameters(),
-            *(tensor for store in stores for tensor in (*store.keys, *store.values)),
-            *(image.pixels for sample in self.images for image in sample),
-        )
+    def _note_tokens(self, requests: Sequence[Request], logits: Tensor) -> None:
+        """Choose each request's next token, and see whether its answer has ended."""
+        with self._phase("decode", "sampling"):
+            samplings, generators = zip(*((r.sampling, r.generator) for r in requests), strict=True)
+            tokens, logprobs = (t.tolist() for t in sample(logits, samplings, generators))
+        for request, token, logprob in zip(requests, tokens, logprobs, strict=True):
+            request.token_ids.append(token)
+            request.logprobs.append(logprob)
+            if token in request.stop_ids:
+                request.finish_reason = "stop"
+            elif self.cache.text.lengths[request.slot] + 1 == request.limit:
+                request.finish_reason = "length"
+            if request.finish_reason and not request.hold:
+                self._give_back(request)
 
     @contextmanager
     def _phase(self, seconds: str, memory: str | None = None) -> Iterator[None]:
         """Add what happens inside to one entry of `seconds`, and watch its memory."""
-        untracked = self.compiled and (seconds, memory) == ("decode", None)
+        untracked = self.decoder.compiled and (seconds, memory) == ("decode", None)
         # Compiled code makes no tensors that could be tracked, and would be compiled anew for that.
-        if self.ledger is None or untracked:
-            watched = nullcontext()
-        else:
-            watched = self.ledger.watch(memory or seconds)
-        with _Stopwatch(self.seconds, seconds, self.model.device), watched:
+        watched = self.ledger is not None and not untracked
+        with (
+            Stopwatch(self.seconds, seconds, self.checkpoint.model.device),
+            self.ledger.watch(memory or seconds) if watched else nullcontext(),
+        ):
             yield
-
-    def _completion(self, sample: int) -> Completion:
-        spoken = [token for token in self.token_ids[sample] if token not in self.stop_ids]
-        vision = self.model.config.vision
-        grids = self.workload.grids[sample]
-        encoded = len(grids) * vision.max_num_tiles * vision.tokens_per_tile
-        valid = sum(map(math.prod, grids)) * vision.tokens_per_tile
-        kept = sum(int(mask.sum()) for mask in self.kept[sample])
-        return Completion(
-            token_ids=list(self.token_ids[sample]),
-            logprobs=list(self.logprobs[sample]),
-            text=self.tokenizer.decode(spoken) if self.tokenizer else "",
-            finish_reason=self.finish_reasons[sample] or "interrupted",
-            visual_tokens=VisualCounts(encoded, valid, kept),
-            kept=self.kept[sample],
-        )
-
-
-class _Stopwatch:
-    """Adds the seconds spent inside to one entry.
-
-    It waits for the device where a phase hands over to the next. While decoding nothing need be
-    waited for: each step ends with its token ids being read.
-    """
-
-    def __init__(self, seconds: dict[str, float], name: str, device: torch.device):
-        self.seconds, self.name, self.device = seconds, name, device
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        if self.name != "decode" and self.device.type != "cpu":
-            torch.get_device_module(self.device).synchronize()
-        self.seconds[self.name] += time.perf_counter() - self.start

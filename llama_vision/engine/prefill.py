@@ -1,335 +1,274 @@
-"""What the blocks of one forward pass share: where its rows stand, and what they can look at."""
+"""Prefill: one prompt into one slot of the cache, segment after segment, block after block.
 
-from collections.abc import Callable, Sequence
+A segment's rows go through each block before the next one, in chunks where they are many: a block
+needs several times the room of its input, and what a pruner is asked after the first
+cross-attention block concerns all of them.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from llama_vision.cache.kv import Cache
 from llama_vision.cache.pruning import Pruner, check_keep_mask
-from llama_vision.cache.visual_tokens import (
-    TOKENS_AT_ONCE,
-    Sight,
-    Stretch,
-    Visibility,
-    VisualTokens,
-    find_stretches,
-    kept_first,
+from llama_vision.cache.visual_tokens import VisualTokens
+from llama_vision.engine.encode import TOKENS_AT_ONCE, encode_group
+from llama_vision.engine.segments import Segment, cut_into_segments
+from llama_vision.engine.workload import PREFILL_CHUNK, budget_in_tokens
+from llama_vision.inputs.image import TiledImage
+from llama_vision.model.layers import rotary_angles, rotary_frequencies
+from llama_vision.model.model import LlamaVisionModel
+from llama_vision.model.text import (
+    CrossAttentionBlock,
+    SelfAttentionBlock,
+    TextContext,
+    VisualContext,
+    visible_prefix,
 )
-from llama_vision.config import TextConfig
-from llama_vision.model.layers import attend, attend_and_weigh, rotary_angles, rotary_frequencies
-
-Projection = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Visual features [B, V, D] to one layer's keys and values, two of [B, K, V, d]."""
-
 
 MASK_ENTRIES = 2**25
 """Most rows times keys of a causal mask: near 131,072 tokens, chunks are of 256 rows at most."""
 
+Phase = Callable[[str], AbstractContextManager]
+"""Given "vision" or "prefill", what to do that work in: to time it, or to watch its memory."""
 
-def row_chunks(batch: int, rows: int, most: int | None, held: int | None = None) -> list[slice]:
-    """The rows of a pass in runs; `most` rows of all samples together, or all if that is None.
+
+@torch.inference_mode()
+def prefill(
+    model: LlamaVisionModel,
+    cache: Cache,
+    slot: int,
+    token_ids: Sequence[int],
+    images: Iterable[TiledImage] = (),
+    *,
+    pruner: Pruner | None = None,
+    visual_budgets: Sequence[float | int] = (),
+    first_group: int = 0,
+    chunk: int = PREFILL_CHUNK,
+    every_row: bool = False,
+    phase: Phase = nullcontext,
+) -> tuple[Tensor, list[Tensor]]:
+    """Run the next S rows of a conversation, behind those that its slot holds.
 
     Args:
-        held: rows that the cache holds already, where every chunk needs a mask over those too.
+        token_ids: a group of images is never divided between two calls.
+        images: one for each `<|image|>` id, in order; each is taken when its group is encoded.
+        pruner: asked once for each group of images; None keeps all of their tokens.
+        visual_budgets: of a group, counts or fractions; the least of them holds.
+        first_group: number of the first group among those of the conversation.
+        chunk: most rows that go through a block at once, which changes no result.
+
+    Returns:
+        Logits [1 or (every_row) S, vocabulary], float32; each image's kept tokens, bool [t, P].
+
+    Raises: CacheError where there is no room, PruningError where the pruner's answer is none.
     """
-    if most is None:
-        return [slice(0, rows)]
-    chunks, start, size = [], 0, max(1, most // batch)
-    while start < rows:
+    cache.text.check_room(slot, len(token_ids))
+    image_id, images, logits, kept = model.config.text.image_token_id, iter(images), [], []
+    for segment in cut_into_segments(token_ids, image_id, continues=cache.visual.holds(slot)):
+        with phase("vision") if segment.images else nullcontext():
+            group = _next_group(model, segment, images, first_group, visual_budgets)
+        with phase("prefill"):
+            forward = SegmentForward(model, cache, slot, segment, group, pruner, chunk)
+            logits += forward.run(token_ids, every_row)
+        kept += forward.kept
+        del forward, group  # they need no room beside the next group
+    return torch.cat(logits), kept
+
+
+def _next_group(
+    model: LlamaVisionModel,
+    segment: Segment,
+    images: Iterator[TiledImage],
+    first_group: int,
+    visual_budgets: Sequence[float | int],
+) -> VisualTokens | None:
+    """The visual tokens of the images that a segment brings, and how many may be kept."""
+    if not segment.images:
+        return None
+    some = [next(images) for _ in segment.images]
+    group = encode_group(model, some, first_group + segment.group)
+    tokens = len(group.image)
+    group.budget = min((budget_in_tokens(b, tokens) for b in visual_budgets), default=None)
+    return group
+
+
+def row_chunks(rows: range, most: int, held: int | None = None) -> list[slice]:
+    """Rows in runs of at most so many.
+
+    Args:
+        held: rows that the cache holds before row 0, where every chunk but the very first needs a
+            mask over those too.
+    """
+    chunks, start = [], rows.start
+    while start < rows.stop:
         if held is not None:
-            size = max(1, min(size, MASK_ENTRIES // (batch * (held + start + size))))
-        chunks.append(slice(start, min(start + size, rows)))
-        start += size
+            most = max(1, min(most, MASK_ENTRIES // (held + start + most)))
+        chunks.append(slice(start, min(start + most, rows.stop)))
+        start += most
     return chunks
 
 
-def in_chunks(x: Tensor, chunks: Sequence[slice], run: Callable[[Tensor, slice], Tensor]) -> Tensor:
-    """`run` over the rows of x [B, S, D], chunk after chunk: [B, S, D].
-
-    A block needs several times the room of its input; chunks are written back over theirs, so that
-    a long prompt takes little more than the input itself.
-    """
-    if len(chunks) == 1:
-        return run(x, chunks[0])
-    for rows in chunks:
-        x[:, rows] = run(x[:, rows], rows)
-    return x
-
-
-class TextPass:
-    """What the self-attention blocks of one pass share.
+class SegmentForward:
+    """One segment on its way through the blocks.
 
     Args:
-        h: [B, S, D], the rows.
-        prefill_chunk: most rows, of all samples together, that go through a block at once. Later
-            chunks read the earlier ones' keys and values from the cache; without one, all rows go
-            together.
+        group: the images that it brings; None to go on with those that the slot holds, if any.
     """
 
     def __init__(
         self,
-        config: TextConfig,
-        h: Tensor,
-        cache: Cache | None,
-        prefill_chunk: int | None = None,
-    ):
-        rows = h.shape[1]
-        self.config = config
-        self.store = cache.text if cache is not None else None
-        if self.store is not None:
-            self.lengths = self.store.lengths
-            self.positions = self.store.positions(rows)  # [B, S]
-        else:
-            self.lengths = [0]
-            self.positions = torch.arange(rows, device=h.device)[None]  # [1, S]
-        most = prefill_chunk if cache is not None else None
-        self.chunks = row_chunks(h.shape[0], rows, most, held=max(self.lengths))
-        self._last: TextChunk | None = None
-
-    def chunk(self, rows: slice) -> "TextChunk":
-        """What these rows need. The last answer is kept, all of them would be large."""
-        if self._last is None or self._last.rows != rows:
-            self._last = TextChunk(self, rows)
-        return self._last
-
-
-class TextChunk:
-    """Rows of a pass that go through a block together: positions, angles, the causal mask."""
-
-    def __init__(self, text: TextPass, rows: slice):
-        self.rows, self.store = rows, text.store
-        self.positions = text.positions[:, rows]
-        frequencies = rotary_frequencies(text.config, self.positions.device)
-        self.cos, self.sin = rotary_angles(frequencies, self.positions)
-        self.keys_held = max(text.lengths) + rows.stop
-        self.causal = self.keys_held == rows.stop - rows.start
-        uniform = min(text.lengths) == max(text.lengths)
-        self.mask = None
-        if not self.causal and (rows.stop - rows.start > 1 or not uniform):
-            keys = torch.arange(self.keys_held, device=self.positions.device)
-            positions = self.positions[:1] if uniform else self.positions
-            self.mask = keys <= positions[:, None, :, None]  # [B or 1, 1, c, L]
-
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Remember the rows' keys and values [B, K, c, d]; all that they may read."""
-        if self.store is None:
-            return keys, values
-        self.store.write(layer, self.positions, keys, values)
-        return self.store.read(layer, self.keys_held)
-
-
-class VisualPass:
-    """What the cross-attention blocks of one pass can look at.
-
-    Rows before the first new image of the pass read what the cache remembers of earlier passes,
-    the others read the new images; a pass begins a new group of images.
-    """
-
-    def __init__(
-        self,
-        config: TextConfig,
-        token_ids: Tensor,
-        lengths: Sequence[int],
-        visual: VisualTokens | None,
-        cache: Cache | None,
+        model: LlamaVisionModel,
+        cache: Cache,
+        slot: int,
+        segment: Segment,
+        group: VisualTokens | None,
         pruner: Pruner | None,
-        prefill_chunk: int | None = None,
-        device: torch.device | str = "cpu",
+        chunk: int,
     ):
-        self.batch, self.rows = token_ids.shape
-        self.device = device
-        self.layers = len(config.cross_attention_layers)
-        self.visual = visual
-        self.pruner = pruner if visual is not None else None
-        self.saliency: Tensor | None = None
-        """[B, H, V], from the first block on until the pruner has answered."""
-        self.values: Tensor | None = None
-        """[B, K, V, d], of the first block, beside `visual.keys`; likewise."""
-        self.store = cache.visual if cache is not None else None
-        self.chunks = row_chunks(
-            self.batch, self.rows, prefill_chunk if cache is not None else None
+        self.text, self.cache, self.slot = model.text, cache, slot
+        self.held = cache.text.lengths[slot]
+        self.segment, self.group, self.chunk = segment, group, chunk
+        self.pruner = pruner if group is not None else None
+        self.counts = group.counts if group is not None else []
+        """Tokens of each image that the coming blocks see."""
+        self.sees_images = group is not None or cache.visual.holds(slot)
+        self.frequencies = rotary_frequencies(model.config.text, model.device)
+        self.store = segment.is_last and group is not None
+        """Whether the cache is to hold the group: later rows will see it."""
+        self.kept: list[Tensor] = []
+        self._context: tuple[slice, TextContext] | None = None
+
+    def run(self, token_ids: Sequence[int], every_row: bool) -> list[Tensor]:
+        """The segment's rows of a prompt through all blocks; logits, if any are asked for."""
+        if self.group is not None:
+            rows = self.segment.image_rows
+            self.cache.visual.note_images(self.slot, self.held + rows[0], self.held + rows[-1])
+        ids = [token_ids[row] for row in self.segment.rows]
+        h = self.text.embed_tokens(torch.tensor([ids], device=self.frequencies.device))  # [1, S, D]
+        for block in self.text.layers:
+            if isinstance(block, SelfAttentionBlock):
+                for rows in row_chunks(range(h.shape[1]), self.chunk, self.held):
+                    h[:, rows] = block(h[:, rows], self._text_context(rows))
+            elif self.sees_images:
+                self._cross_attend(block, h)
+        if self.group is not None and not self.kept:
+            everything = torch.ones(len(self.group.image), dtype=torch.bool)
+            self.kept = self.group.of_each_image(everything)
+        self.cache.advance(self.slot, h.shape[1])
+        asked = h[0] if every_row else h[0, -1:]
+        return [self.text.logits(asked)] if every_row or self.segment.is_last else []
+
+    def _text_context(self, rows: slice) -> TextContext:
+        """The last one is remembered: all of a long prompt's would be large."""
+        if self._context is not None and self._context[0] == rows:
+            return self._context[1]
+        self._context = None
+        device, slot = self.frequencies.device, slice(self.slot, self.slot + 1)
+        start, stop = self.held + rows.start, self.held + rows.stop
+        positions = torch.arange(start, stop, device=device)[None]
+        mask = None
+        if 0 < start < stop - 1:
+            mask = (torch.arange(stop, device=device) <= positions[..., None])[None]  # [1, 1, c, L]
+        context = TextContext(
+            *rotary_angles(self.frequencies, positions),
+            keys=[keys[slot] for keys in self.cache.text.keys],
+            values=[values[slot] for values in self.cache.text.values],
+            positions=positions,
+            length=stop,
+            mask=mask,
+            causal=start == 0,
         )
-        nothing = [[0] * self.batch] * self.layers
-        self.remembered = list(self.store.lengths) if self.store is not None else nothing
-        self.blind = visual is None and not any(map(any, self.remembered))
-        self.stretches: list[list[Stretch]] = [[] for _ in range(self.batch)]
-        self._visibility: dict[tuple[int, ...], Visibility] = {}
-        if visual is None:
-            return
-        ids = token_ids.tolist()
-        self.stretches = [find_stretches(row, config.image_token_id) for row in ids]
+        self._context = rows, context
+        return context
+
+    def _cross_attend(self, block: CrossAttentionBlock, h: Tensor) -> None:
+        """One cross-attention block over the rows that see something; after the first, prune."""
+        keys, values = self._keys_values(block)
+        saliency = None
+        for rows, visible in self._visual_chunks():
+            context = VisualContext(keys, values)
+            if visible is not None:
+                context.mask, context.sees = visible_prefix(visible, keys.shape[2])
+            if self.pruner is not None:
+                context.votes = self._votes(rows).to(h.device)
+            h[:, rows] = block(h[:, rows], context)
+            if saliency is None:
+                saliency = context.saliency
+            else:
+                saliency += context.saliency
         if self.pruner is not None:
-            is_image = token_ids == config.image_token_id
-            votes = count_votes(getattr(pruner, "votes", "all"), is_image, lengths)
-            self.votes = votes.to(device)
-        if cache is not None:
-            cache.visual.note_images(self.stretches, cache.position)
+            self._prune(block.layer, keys, values, saliency)
 
-    def chunk(self, layer: int, rows: slice) -> "VisualChunk":
-        """What these rows need in one layer."""
-        key = (rows.start, *self.remembered[layer])
-        if key not in self._visibility:
-            sights = [
-                [sight.within(rows) for sight in sample if sight.overlaps(rows)]
-                for sample in self.sights(layer)
-            ]
-            new = max(self.visual.lengths) if self.visual is not None else 0
-            shape = (self.batch, rows.stop - rows.start, max(self.remembered[layer]) + new)
-            self._visibility[key] = Visibility(sights, shape, self.device)
-        return VisualChunk(self, layer, rows, self._visibility[key])
+    def _visual_chunks(self) -> Iterator[tuple[slice, Tensor | None]]:
+        """Chunks of rows that see something, and how many tokens each row sees; None for all.
 
-    def sights(self, layer: int) -> list[list[Sight]]:
-        """For each sample which rows of the pass read which of the tokens of `keys_values`."""
-        remembered = self.remembered[layer]
-        old = max(remembered)
-        sights = []
-        for sample, stretches in enumerate(self.stretches):
-            first_new = stretches[0].rows.start if stretches else self.rows
-            sights.append([])
-            if first_new > 0 and remembered[sample]:
-                sights[-1].append(Sight(slice(0, first_new), slice(0, remembered[sample])))
-            if self.visual is not None:
-                sights[-1].extend(s.shifted(old) for s in self.visual.sights(sample, stretches))
-        return sights
-
-    def read_later(self, layer: int) -> list[slice]:
-        """The run of those tokens, of each sample, that rows after this pass can still read."""
-        return [row[-1].tokens if row else slice(0, 0) for row in self.sights(layer)]
-
-    def keys_values(self, layer: int, project: Projection) -> tuple[Tensor, Tensor]:
-        """Remembered tokens, then those of this pass, which are projected here and only here.
-
-        Returns:
-            Two of [B, K, V, d]. What later passes can still read of them is in the cache now,
-            unless a pruner is yet to choose among them.
+        Rows before the images are in none, and so pass the block unchanged. Of a group of several
+        images the rows of the images themselves make a chunk of their own: they see one more each.
         """
-        if self.visual is None:
-            return self.store.read(layer, max(self.remembered[layer]))
-        new_keys, new_values = self._project(project)
-        keys, values = self._behind_remembered(layer, new_keys, new_values)
-        if self.pruner is not None:
-            self.visual.keys, self.values = new_keys, new_values
-        elif self.store is not None:
-            self.store.write(layer, keys, values, self.read_later(layer))
-            if layer == self.layers - 1:
-                self.visual.release()
+        rows = self.segment.image_rows
+        if len(rows) > 1:
+            visible = torch.tensor([list(accumulate(self.counts))], device=self.frequencies.device)
+            yield slice(rows.start, rows.stop), visible
+        start = rows.stop if len(rows) > 1 else rows.start
+        for some in row_chunks(range(start, len(self.segment.rows)), self.chunk):
+            yield some, None
+
+    def _keys_values(self, block: CrossAttentionBlock) -> tuple[Tensor, Tensor]:
+        """Keys and values [1, K, V, d]: of the group, projected here and only here, or the slot's.
+
+        What later forwards read goes straight into the cache, unless a pruner is yet to choose.
+        """
+        store, layer = self.cache.visual, block.layer
+        if self.group is None:
+            held = slice(store.lengths[layer][self.slot])
+            slot = slice(self.slot, self.slot + 1)
+            return store.keys[layer][slot, :, held], store.values[layer][slot, :, held]
+        features = self.group.features[None]  # [1, V, D]
+        tokens = features.shape[1]
+        if self.store and self.pruner is None:
+            keys, values = store.room(layer, self.slot, tokens)
+        else:
+            heads, width = self.text.config.num_key_value_heads, self.text.config.head_dim
+            keys, values = features.new_empty(2, 1, heads, tokens, width)
+        for some in row_chunks(range(tokens), TOKENS_AT_ONCE):
+            keys[:, :, some], values[:, :, some] = block.cross_attn.project(features[:, some])
+        if layer == len(store.keys) - 1 and self.pruner is None:
+            self.group.features = features.new_empty(0)  # nothing reads them again
         return keys, values
 
-    def _project(self, project: Projection) -> tuple[Tensor, Tensor]:
-        """Keys and values of all new tokens; piece by piece where they are many."""
-        features = self.visual.features
-        batch, tokens, _ = features.shape
-        if self.store is None or batch * tokens <= TOKENS_AT_ONCE:
-            return project(features)
-        keys = values = None
-        for sample in range(batch):
-            for run in row_chunks(1, tokens, TOKENS_AT_ONCE):
-                piece = project(features[sample : sample + 1, run])
-                if keys is None:
-                    _, heads, _, width = piece[0].shape
-                    keys = features.new_empty(batch, heads, tokens, width)
-                    values = torch.empty_like(keys)
-                keys[sample, :, run], values[sample, :, run] = piece[0][0], piece[1][0]
-        return keys, values
+    def _votes(self, rows: slice) -> Tensor:
+        """1 for each of the rows whose attention counts in the saliency, else 0: [1, c]."""
+        votes, row = getattr(self.pruner, "votes", "all"), torch.arange(rows.start, rows.stop)
+        if votes == "last":
+            counted = row == len(self.segment.rows) - 1
+        elif votes == "after":
+            counted = row >= self.segment.image_rows.stop
+        else:
+            counted = torch.ones_like(row)
+        return counted[None].float()
 
-    def keep(self, mask: Tensor) -> None:
-        """Take the pruner's answer [B, V]: go on with those tokens, and remember only them."""
-        layer, whole, pruner = 0, self.visual, self.pruner
-        whole.kept = mask = check_keep_mask(mask, pruner, whole)
-        keys, values, runs = whole.keys, self.values, self.read_later(layer)
-        self.visual = whole.select(mask)
-        self.pruner = self.saliency = self.values = self.votes = None
-        self._visibility.clear()
-        if self.store is None:
+    def _prune(self, layer: int, keys: Tensor, values: Tensor, saliency: Tensor) -> None:
+        """Ask the pruner, go on with the tokens that it keeps, and hold only them in the cache."""
+        group, pruner = self.group, self.pruner
+        group.keys = keys[0]
+        mask = check_keep_mask(pruner(saliency, group), pruner, group)
+        group.keys = None
+        self.kept = group.of_each_image(mask)
+        self.counts = [int(kept.sum()) for kept in self.kept]
+        self.pruner = None
+        index = mask.nonzero().squeeze(-1).to(keys.device)
+        group.features = group.features[index]
+        if layer == len(self.cache.visual.keys) - 1:
+            group.features = group.features.new_empty(0)
+        if not self.store:
             return
-        whole.release()
         if getattr(pruner, "trim_first_layer", True):
-            index = kept_first(mask)[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
-            keys, values = keys.gather(2, index), values.gather(2, index)
-            runs = self.read_later(layer)
-        self.store.write(layer, *self._behind_remembered(layer, keys, values), runs)
-
-    def _behind_remembered(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """New keys and values, behind those that the cache remembers."""
-        old = max(self.remembered[layer])
-        if old == 0:
-            return keys, values
-        old_keys, old_values = self.store.read(layer, old)
-        return torch.cat([old_keys, keys], dim=2), torch.cat([old_values, values], dim=2)
-
-
-class VisualChunk:
-    """Rows of a pass that go through a cross-attention block together."""
-
-    def __init__(self, sight: VisualPass, layer: int, rows: slice, visibility: Visibility):
-        self.sight, self.layer, self.rows, self.visibility = sight, layer, rows, visibility
-
-    @property
-    def seen(self) -> Tensor | None:
-        """[B, c, 1], False where a row sees nothing; None where every row sees something."""
-        return self.visibility.seen
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """What each row [B, H, c, d] makes of the tokens it can see: [B, H, c, d].
-
-        While a pruner waits, also notes the attention that the new tokens among k [B, K, V, d] get.
-        """
-        sight = self.sight
-        if sight.pruner is None:
-            return attend_visible(q, k, v, self.visibility)
-        old = max(sight.remembered[self.layer])
-        out = torch.zeros_like(q)
-        if sight.saliency is None:
-            shape = (*q.shape[:2], k.shape[2] - old)
-            sight.saliency = q.new_zeros(shape, dtype=torch.float32)
-        votes = sight.votes[:, self.rows]
-        for samples, sights in self.visibility.batches():
-            for rows, tokens in sights:
-                seen = q[samples, :, rows], k[samples, :, tokens], v[samples, :, tokens]
-                out[samples, :, rows], mass = attend_and_weigh(*seen, votes[samples, rows])
-                if tokens.start >= old:
-                    new = slice(tokens.start - old, tokens.stop - old)
-                    sight.saliency[samples, :, new] += mass
-        return out
-
-
-def count_votes(votes: str, is_image: Tensor, lengths: Sequence[int]) -> Tensor:
-    """1 for each row whose attention counts in the saliency, else 0: [B, S], float32.
-
-    Args:
-        votes: see `pruning.Rule`.
-        is_image: [B, S], where the `<|image|>` ids are.
-        lengths: rows of each sample that are not padding.
-    """
-    row = torch.arange(is_image.shape[1], device=is_image.device)
-    end = torch.tensor(list(lengths), device=is_image.device)[:, None]
-    if votes == "last":
-        return (row == end - 1).float()
-    counted = row < end
-    return (counted & ~is_image if votes == "after" else counted).float()
-
-
-def attend_visible(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility) -> Tensor:
-    """Attention in which each text row reads the run of visual tokens it can see.
-
-    A run is attended to as it is, without a mask: rows that see the same run go together, for the
-    whole batch where its samples agree.
-
-    Args:
-        q: [B, H, S, d].
-        k, v: [B, K, V, d].
-
-    Returns:
-        [B, H, S, d]; zero for rows that see nothing.
-    """
-    if visibility.mask is not None:
-        out = attend(q, k, v, mask=visibility.mask)
-        return out if visibility.seen is None else out * visibility.seen[:, None]
-    out = torch.zeros_like(q)
-    for samples, sights in visibility.batches():
-        for rows, tokens in sights:
-            out[samples, :, rows] = attend(
-                q[samples, :, rows], k[samples, :, tokens], v[samples, :, tokens]
-            )
-    return out
+            keys, values = keys[:, :, index], values[:, :, index]
+        for room, kept in zip(
+            self.cache.visual.room(layer, self.slot, keys.shape[2]), (keys, values), strict=True
+        ):
+            room.copy_(kept)

@@ -1,5 +1,7 @@
 """From logits to the next token."""
 
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,3 +48,25 @@ class Sampling:
         cumulative = probabilities.cumsum(dim=-1)
         places = (cumulative <= draws[:, None] * cumulative[:, -1:]).sum(dim=-1, keepdim=True)
         return order.gather(-1, places.clamp(max=logits.shape[-1] - 1)).squeeze(-1)
+
+
+def sample(
+    logits: Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator]
+) -> tuple[Tensor, Tensor]:
+    """The next token of each row, drawn in its own way, and its log-probability.
+
+    Args:
+        logits: [B, vocabulary], float32.
+
+    Returns:
+        Two of [B]: token ids, and natural logs of their probabilities under the model itself
+        (temperature 1).
+    """
+    chosen = logits.argmax(dim=-1)
+    alike = defaultdict(list)
+    for row, sampling in enumerate(samplings):
+        if sampling.temperature:
+            alike[sampling].append(row)
+    for sampling, rows in alike.items():
+        chosen[rows] = sampling.choose(logits[rows], [generators[row] for row in rows])
+    return chosen, logits.log_softmax(dim=-1).gather(-1, chosen[:, None]).squeeze(-1)

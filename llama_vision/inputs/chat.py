@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 
 from llama_vision.config import LlamaVisionError
-from llama_vision.inputs.image import open_image
+from llama_vision.inputs.image import TiledImage, open_image
 from llama_vision.inputs.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
@@ -23,8 +23,26 @@ class Prompt:
     """What the model is asked to go on from."""
 
     token_ids: Sequence[int]
-    images: Sequence[Image.Image] = ()
-    """One for each `<|image|>` id, in order."""
+    images: Sequence[Image.Image | TiledImage] = ()
+    """One for each `<|image|>` id, in order; those that are cut into tiles already stay so."""
+
+
+def check_prompt(prompt: Prompt, image_token_id: int) -> None:
+    """Raise PromptError for what the model cannot read."""
+    ids = list(prompt.token_ids)
+    if not ids:
+        raise PromptError("the prompt is empty; expected at least one token id")
+    strange = [token for token in ids if not 0 <= token <= image_token_id]
+    if strange:
+        raise PromptError(
+            f"token id {strange[0]} is out of range; expected 0 to {image_token_id} (<|image|>)"
+        )
+    places = ids.count(image_token_id)
+    if places != len(prompt.images):
+        raise PromptError(
+            f"the prompt has {places} <|image|> ids (id {image_token_id}) and "
+            f"{len(prompt.images)} images; expected as many"
+        )
 
 
 Content = str | Image.Image | Sequence[Any]

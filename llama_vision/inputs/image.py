@@ -94,17 +94,27 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return image.point(lambda level: level * scale + offset).convert("L")
 
 
-def tile_image(image: Image.Image, *, tile_size: int, max_tiles: int) -> TiledImage:
+def grid_of(image: Image.Image | TiledImage, tile_size: int, max_tiles: int) -> tuple[int, int]:
+    """The (rows, cols) that `tile_image` cuts a picture into."""
+    if isinstance(image, TiledImage):
+        return image.grid
+    return choose_grid(image.size, tile_size, max_tiles)
+
+
+def tile_image(image: Image.Image | TiledImage, *, tile_size: int, max_tiles: int) -> TiledImage:
     """Cut a picture into tiles.
 
     Args:
-        image: RGB; other modes are brought to it first, see `to_rgb`.
+        image: RGB; other modes are brought to it first, see `to_rgb`. One that is cut up already
+            stays as it is.
         tile_size: side of a tile, in pixels.
         max_tiles: most tiles to use.
 
     Source: llama_models/llama3/multimodal/image_transform.py, VariableSizeImageTransform; the least
     side of 1 pixel is ours, where the reference fails.
     """
+    if isinstance(image, TiledImage):
+        return image
     rgb = to_rgb(image)
     rows, cols = choose_grid(rgb.size, tile_size, max_tiles)
     canvas = Image.new("RGB", (cols * tile_size, rows * tile_size))
@@ -154,4 +164,4 @@ def _normalise(image: Image.Image) -> Tensor:
     levels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     levels = levels.view(image.height, image.width, 3).permute(2, 0, 1)  # [3, height, width]
     mean, std = (torch.tensor(s)[:, None, None] for s in (MEAN, STD))
-    return (levels.float() / 255 - mean) / std
+    return levels.float().div_(255).sub_(mean).div_(std)

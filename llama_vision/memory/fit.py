@@ -1,72 +1,29 @@
-"""Does it fit? What a device has free, an early no with a way out, and the largest that would."""
+"""Does it fit? An early no with a way out, and the largest that would."""
 
 import math
-import os
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from llama_vision.cache.kv import Cache
-from llama_vision.checkpoint.loading import choose_device, choose_dtype, load_config
-from llama_vision.config import OFFICIAL_SIZES, Config, LlamaVisionError, SettingError
-from llama_vision.memory.plan import Workload, plan_run, visual_counts, weight_parts
+from llama_vision.checkpoint.devices import choose_device, choose_dtype
+from llama_vision.checkpoint.hub import load_config
+from llama_vision.config import OFFICIAL_SIZES, Config, LlamaVisionError
+from llama_vision.engine.workload import PREFILL_CHUNK, PromptSize, Workload, workload_alike
+from llama_vision.memory.free import free_memory
+from llama_vision.memory.plan import plan_run, weight_bytes
+from llama_vision.memory.units import human_bytes
+
+MOST_PROMPTS = 64
+MOST_IMAGES = 64
+"""Where the searches for the largest batch and the most images end."""
 
 
 class MemoryLimitError(LlamaVisionError):
     """A run that would not fit; says by how much, and what would."""
-
-
-def free_memory(device: torch.device | str) -> int | None:
-    """Bytes that can still be allocated on a device; None where the system does not say.
-
-    On CUDA what the allocator holds and does not use counts as free; on the CPU a container's limit
-    counts as well as what the machine has available.
-    """
-    device = torch.device(device)
-    if device.type == "cuda":
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + held
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    rooms = [room for room in (_available_on_host(), _left_in_container()) if room is not None]
-    return min(rooms, default=None)
-
-
-def known_free_memory(device: torch.device) -> int | None:
-    """The same, and None too for a device that this machine does not have."""
-    try:
-        return free_memory(choose_device(str(device)))
-    except SettingError:
-        return None
-
-
-def _available_on_host() -> int | None:
-    """Linux says what can be had without swapping; elsewhere all of the machine's memory counts."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        kilobytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-        return 1024 * int(kilobytes)
-    except (OSError, StopIteration):
-        pass
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
-
-
-def _left_in_container() -> int | None:
-    """What a control group (version 2) leaves; file pages that can be dropped count as left."""
-    group = Path("/sys/fs/cgroup")
-    try:
-        most = int((group / "memory.max").read_text(encoding="ascii"))
-        used = int((group / "memory.current").read_text(encoding="ascii"))
-        stat = (group / "memory.stat").read_text(encoding="ascii").split()
-        return most - used + int(stat[stat.index("inactive_file") + 1])
-    except (OSError, ValueError, IndexError):  # no such files, or "max": no limit
-        return None
 
 
 def largest(bytes_of: Callable[[int], int], room: int, most: int) -> int:
@@ -99,7 +56,7 @@ def check_weights_fit(config: Config, dtype: torch.dtype, device: torch.device) 
     Raises:
         MemoryLimitError: the weights alone exceed what is free.
     """
-    free, size = free_memory(device), sum(weight_parts(config, dtype).values())
+    free, size = free_memory(device), weight_bytes(config, dtype)
     if free is None or size <= free:
         return
     name = str(dtype).removeprefix("torch.")
@@ -128,128 +85,197 @@ def check_before_download(source: str | Path, dtype: str | torch.dtype, device: 
         check_weights_fit(config, choose_dtype(dtype, config.dtype), choose_device(device))
 
 
-def check_run_fits(
-    config: Config, workload: Workload, *, dtype: torch.dtype, device: torch.device, loaded: bool
-) -> None:
-    """Before anything is allocated.
+class Room:
+    """A device's free memory, and what workloads of one model would take of it.
 
     Args:
         loaded: whether the weights are on the device already.
-
-    Raises:
-        MemoryLimitError: names what does not fit, by how much, and settings that would.
+        free: bytes; None for what the device has.
     """
-    free = free_memory(device)
-    caches = Cache.plan(config.text, dtype=dtype, **workload.cache_sizes(config)).total
-    stays = caches + (0 if loaded else sum(weight_parts(config, dtype).values()))
-    if free is None or 4 * stays + 2**28 < free:
-        return  # temporary tensors are never so many times what stays: no need to count them
 
-    def need(load: Workload) -> int:
-        plan = plan_run(config, load, dtype=dtype, device=device)
-        return plan.total - (plan.weights if loaded else 0)
+    def __init__(
+        self,
+        config: Config,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        loaded: bool,
+        free: int | None = None,
+    ):
+        self.config, self.dtype, self.device, self.loaded = config, dtype, device, loaded
+        self.free = free_memory(device) if free is None else free
 
-    plan = plan_run(config, workload, dtype=dtype, device=device)
-    sizes = {
-        "weights": 0 if loaded else plan.weights,
-        "text cache": plan.text_cache,
-        "visual cache": plan.visual_cache,
-        "working memory": plan.working,
-    }
-    total = sum(sizes.values())
-    if total <= free:
-        return
-    ways = list(ways_to_shrink(config, workload, need, free))
-    raise MemoryLimitError(
-        f"the run takes {human_bytes(total)} ("
-        + ", ".join(f"{name} {human_bytes(size)}" for name, size in sizes.items() if size)
-        + f") and {human_bytes(free)} are free on {device}, "
-        f"{human_bytes(total - free)} too few; "
-        + (f"try {' or '.join(ways)}" if ways else "no setting of this run makes it fit")
-        + ", or go on all the same with --force (force=True)"
-    )
+    def parts(self, load: Workload) -> dict[str, int]:
+        """Bytes that a workload takes beside what is there.
 
+        Working memory is counted only where there is room for the rest: it takes a simulation.
+        """
+        caches = Cache.plan(self.config.text, dtype=self.dtype, **load.cache_sizes(self.config))
+        weights = 0 if self.loaded else weight_bytes(self.config, self.dtype)
+        sizes = {"weights": weights, "text cache": caches.text, "visual cache": caches.visual}
+        if sum(sizes.values()) <= self.free:
+            plan = plan_run(self.config, load, dtype=self.dtype, device=self.device)
+            sizes["working memory"] = plan.working
+        return sizes
 
-def ways_to_shrink(
-    config: Config, workload: Workload, need: Callable[[Workload], int], room: int
-) -> Iterator[str]:
-    """Settings that make a run fit, each alone and as large as it can be."""
+    def need(self, load: Workload) -> int:
+        """All of them together."""
+        return sum(self.parts(load).values())
 
-    def search(make: Callable[[int], Workload], most: int) -> int:
-        return largest(lambda n: need(make(n)), room, most)
+    def fits(self, load: Workload) -> bool:
+        """Whether it does; where nothing is known to be free, it is taken to."""
+        caches = Cache.plan(self.config.text, dtype=self.dtype, **load.cache_sizes(self.config))
+        stays = caches.total + (0 if self.loaded else weight_bytes(self.config, self.dtype))
+        if self.free is None or 4 * stays + 2**28 < self.free:
+            return True  # temporary tensors are never so many times what stays: do not count them
+        return self.need(load) <= self.free
 
-    longest = max(map(len, workload.token_ids))
-    answer = workload.max_text_tokens - longest
-    more = search(lambda n: replace(workload, max_text_tokens=longest + n), answer)
-    if 0 < more < answer:
-        yield f"--max-seq-len {longest + more} (max_seq_len={longest + more})"
-    tokens = visual_counts(workload.grids, config)
-    kept = search(lambda n: with_budget(workload, config, n), max(tokens))
-    if 0 < kept < max(workload.budget or tokens):
-        pruner = "" if workload.pruned else " --k-ratio 1"
-        rule = "" if workload.pruned else ", pruner=TrimmedLlama(1.0)"
-        yield f"--visual-budget {kept}{pruner} (visual_budget={kept}{rule})"
-    tiles = max((rows * cols for sample in workload.grids for rows, cols in sample), default=1)
-    fewer = search(lambda n: _with_tiles(workload, n), tiles)
-    if 0 < fewer < tiles:
-        yield f"--max-tiles {fewer} (max_tiles={fewer})"
-    rows = longest if workload.prefill_chunk is None else min(longest, workload.prefill_chunk)
-    chunk = search(lambda n: replace(workload, prefill_chunk=n), rows)
-    if 0 < chunk < rows:
-        yield f"--prefill-chunk {chunk} (prefill_chunk={chunk})"
-    batch = len(workload.token_ids)
-    prompts = search(lambda n: _first_prompts(workload, n), batch)
-    if 0 < prompts < batch:
-        yield f"{prompts} of the {batch} prompts at a time"
+    def fitted(self, load: Workload, slots: int | None = None) -> Workload:
+        """The workload with as many slots as fit, or with all of those that were asked for.
 
+        Raises:
+            MemoryLimitError: not even one fits, or not so many, or not the weights.
+        """
+        if not self.loaded:
+            check_weights_fit(self.config, self.dtype, self.device)
+        if slots is None and not self.fits(load):
+            most = largest(lambda n: self.need(replace(load, slots=n)), self.free, load.slots)
+            load = replace(load, slots=most or 1)
+        self.check(load)
+        return load
 
-def with_budget(workload: Workload, config: Config, most: int) -> Workload:
-    """The same with at most so many visual tokens kept of each prompt."""
-    old = workload.budget or visual_counts(workload.grids, config)
-    return replace(workload, pruned=True, budget=tuple(min(most, budget) for budget in old))
+    def check_slots(self, slots: int, max_seq_len: int, visual_capacity: int | None) -> None:
+        """Raise MemoryLimitError with the number that would, where so many slots do not fit."""
+        vision, tokens = self.config.vision, min(PREFILL_CHUNK, max_seq_len - 1)
+        image = vision.max_num_tiles * vision.tokens_per_tile
+        images = min(-(-(visual_capacity or image) // image), max(0, tokens - 1))
+        if tokens:
+            sizes = {"max_seq_len": max_seq_len, "prompt_tokens": tokens, "images": images}
+            load = workload_alike(self.config, visual_budget=visual_capacity, **sizes)
+            self.check(replace(load, slots=slots))
 
+    def check(self, load: Workload) -> None:
+        """Before anything is allocated.
 
-def _with_tiles(workload: Workload, most: int) -> Workload:
-    """Images cut into at most so many tiles; the budget of each prompt stays what it is."""
-    grids = tuple(
-        tuple(grid if math.prod(grid) <= most else (1, most) for grid in sample)
-        for sample in workload.grids
-    )
-    return replace(workload, grids=grids)
-
-
-def _first_prompts(workload: Workload, count: int) -> Workload:
-    budget = None if workload.budget is None else workload.budget[:count]
-    return replace(
-        workload,
-        token_ids=workload.token_ids[:count],
-        grids=workload.grids[:count],
-        budget=budget,
-    )
-
-
-UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-
-
-def human_bytes(size: float) -> str:
-    """Bytes in the unit that keeps the number below 1024."""
-    unit = max((u for u in UNITS if UNITS[u] <= max(1, size)), key=UNITS.get)
-    digits = {"B": 0, "KiB": 1, "MiB": 1}.get(unit, 2)
-    return f"{size / UNITS[unit]:.{digits}f} {unit}"
-
-
-def parse_bytes(text: str) -> int:
-    """`24GiB`, `24 GB`, `512M` or a number of bytes.
-
-    Raises:
-        SettingError: something else.
-    """
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?)(i?)(B?)\s*", text, re.IGNORECASE)
-    try:
-        number, prefix, binary, unit = match.groups()
-        decimal = unit and not binary  # 24 GB are 24 · 10⁹; 24G is what people mean by 24 GiB
-        return int(
-            float(number) * (1000 if decimal else 1024) ** " KMGT".index(prefix.upper() or " ")
+        Raises:
+            MemoryLimitError: names what does not fit, by how much, and settings that would.
+        """
+        if self.fits(load):
+            return
+        sizes = self.parts(load)
+        total, ways = sum(sizes.values()), list(self.ways_to_shrink(load))
+        raise MemoryLimitError(
+            f"the run takes {human_bytes(total)} ("
+            + ", ".join(f"{name} {human_bytes(size)}" for name, size in sizes.items() if size)
+            + f") and {human_bytes(self.free)} are free on {self.device}, "
+            f"{human_bytes(total - self.free)} too few; "
+            + (f"try {' or '.join(ways)}" if ways else "no setting of this run makes it fit")
+            + ", or go on all the same with --force (force=True)"
         )
-    except (AttributeError, ValueError):
-        raise SettingError(f"{text!r} is no size; expected one such as 24GiB or 800MB") from None
+
+    def ways_to_shrink(self, load: Workload) -> Iterator[str]:
+        """Settings that make a run fit, each alone and as large as it can be."""
+
+        def search(make: Callable[[int], Workload], most: int) -> int:
+            return largest(lambda n: self.need(make(n)), self.free, most)
+
+        slots = search(lambda n: replace(load, slots=n), load.slots)
+        if 0 < slots < load.slots:
+            yield f"{slots} of the {load.slots} slots (slots={slots})"
+        longest = max(len(prompt.token_ids) for prompt in load.prompts)
+        answer = load.max_text_tokens - longest
+        more = search(lambda n: replace(load, max_text_tokens=longest + n), answer)
+        if 0 < more < answer:
+            yield f"--max-seq-len {longest + more} (max_seq_len={longest + more})"
+        held = load.cache_sizes(self.config)["visual_capacity"]
+        kept = search(lambda n: replace(load, pruned=True, visual_budget=n), held)
+        if 0 < kept < held:
+            pruner = "" if load.pruned else " --k-ratio 1"
+            rule = "" if load.pruned else ", pruner=TrimmedLlama(1.0)"
+            yield f"--visual-budget {kept}{pruner} (visual_budget={kept}{rule})"
+        tiles = max((math.prod(grid) for p in load.prompts for grid in p.grids), default=1)
+        fewer = search(lambda n: _with_tiles(load, n), tiles)
+        if 0 < fewer < tiles:
+            yield f"--max-tiles {fewer} (max_tiles={fewer})"
+        rows = min(longest, load.prefill_chunk)
+        # In at most 16 parts: trying takes as long as there are parts.
+        parts = 17 - search(lambda n: replace(load, prefill_chunk=-(-rows // (17 - n))), 16)
+        if 1 < parts < 17:
+            chunk = -(-rows // parts)
+            yield f"--prefill-chunk {chunk} (prefill_chunk={chunk})"
+
+
+def _with_tiles(load: Workload, most: int) -> Workload:
+    """Images cut into at most so many tiles."""
+    prompts = (
+        replace(p, grids=tuple(g if math.prod(g) <= most else (1, most) for g in p.grids))
+        for p in load.prompts
+    )
+    return replace(load, prompts=tuple(prompts))
+
+
+def largest_settings(
+    config: Config, load: Workload, *, dtype: torch.dtype, device: torch.device, room: int
+) -> dict[str, Any]:
+    """The most of each kind that fits into `room` bytes, the others as in the workload.
+
+    Prompts like its first one are added for the batch, images like its first one (or of all tiles)
+    for the images, text behind it for the length; the budget is what is kept of each prompt.
+
+    Returns:
+        For "batch", "images", "max_seq_len" and "visual_budget" the `largest` number that fits and
+        whether that is `all` that was tried; "instead", what to do where the weights do not fit.
+    """
+    space = Room(config, dtype, device, loaded=False, free=room)
+
+    def search(make: Callable[[int], Workload], least: int, most: int) -> dict[str, Any]:
+        count = largest(lambda n: space.need(make(least - 1 + n)), room, most - least + 1)
+        number = least - 1 + count if count else 0
+        return {"largest": number, "all": number == most}
+
+    first = load.prompts[0]
+    tokens = replace(load, visual_budget=None).cache_sizes(config)["visual_capacity"]
+    return {
+        "batch": search(lambda n: replace(load, prompts=(first,) * n, slots=n), 1, MOST_PROMPTS),
+        "images": search(lambda n: _with_images(load, config, n), 1, MOST_IMAGES),
+        "max_seq_len": search(
+            lambda n: _with_length(load, config, n),
+            max(len(prompt.grids) for prompt in load.prompts) + 2,
+            config.text.max_position_embeddings,
+        ),
+        "visual_budget": search(lambda n: replace(load, pruned=True, visual_budget=n), 1, tokens),
+        "instead": instead_of(config, dtype, room),
+    }
+
+
+def _with_images(load: Workload, config: Config, images: int) -> Workload:
+    """So many images side by side before the first prompt's text."""
+    first = load.prompts[0]
+    text = [token for token in first.token_ids if token != config.text.image_token_id]
+    grid = (first.grids or ((1, config.vision.max_num_tiles),))[0]
+    prompt = PromptSize((config.text.image_token_id,) * images + tuple(text), (grid,) * images)
+    more = len(prompt.token_ids) - len(first.token_ids)
+    return replace(
+        load,
+        prompts=(prompt,) * len(load.prompts),
+        max_text_tokens=load.max_text_tokens + more,
+    )
+
+
+def _with_length(load: Workload, config: Config, length: int) -> Workload:
+    """Prompts of their images and so much text that one token's room is left."""
+    image, text = config.text.image_token_id, 0
+    prompts = (
+        replace(p, token_ids=(image,) * len(p.grids) + (text,) * (length - 1 - len(p.grids)))
+        for p in load.prompts
+    )
+    return replace(load, prompts=tuple(prompts), max_text_tokens=length)
+
+
+def instead_of(config: Config, dtype: torch.dtype, room: int) -> str:
+    """What to do where the weights alone exceed the room."""
+    size = weight_bytes(config, dtype)
+    ways = []
+    if dtype.itemsize > 2 and size // 2 <= room:
+        ways.append(f"--dtype bfloat16 ({human_bytes(size // 2)})")
+    return " or ".join([*ways, f"a device with {human_bytes(size)} and some more"])

@@ -2,30 +2,23 @@
 
 import math
 from functools import lru_cache
-from itertools import islice, product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_vision.config import TextConfig
+from llama_vision.model import kernels
 
-HAS_ONEDNN = torch.backends.mkldnn.is_available()
-
-ONEDNN_PRODUCTS = 2**20
-"""Multiplications from which on oneDNN's preparations pay."""
-
-PRODUCTS_PAIRS = 2**18
-"""Pairs of a row and a key from which on `attend_by_products` is faster."""
-
-SCORES_BYTES = 3 * 2**20
-"""Of the scores that it holds at once."""
+SCORES_BYTES = 8 * 2**20
+"""Of the scores that `attention_with_saliency` holds at once."""
 
 
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation of the last axis, computed in float32.
 
-    Source: llama_models/llama3/model.py, RMSNorm: back to x's type *before* the weight.
+    Source: llama_models/llama3/model.py, RMSNorm: back to x's type *before* the weight, which
+    torch's own rms_norm does not do.
     """
 
     def __init__(self, width: int, eps: float):
@@ -40,61 +33,12 @@ class RMSNorm(nn.Module):
         return (wide * scale).type_as(x) * self.weight
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., in] times weight [out, in], plus bias: [..., out], by the fastest of torch's ways."""
-    if better_by_onednn(x, x.numel() * len(weight)):
-        return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
-
-
-def better_by_onednn(x: Tensor, multiplications: int) -> bool:
-    """In float32 torch calls MKL, which leaves half of an AMD processor unused.
-
-    It keeps oneDNN for half precision and for its compiler, whose operation can be called. That
-    has no gradient, and takes microseconds to prepare.
-    """
-    return (
-        x.dtype == torch.float32
-        and x.device.type == "cpu"
-        and multiplications >= ONEDNN_PRODUCTS
-        and HAS_ONEDNN
-        and not torch.is_grad_enabled()
-    )
-
-
-@torch.library.custom_op("llama_vision::linear", mutates_args=())
-def opaque_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`linear`, opaque to the compiler, which calls oneDNN in float32 for constant weights only."""
-    return linear(x, weight)
-
-
-@opaque_linear.register_fake
-def _(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], len(weight))
-
-
 class Linear(nn.Linear):
-    """A linear layer, by the fastest of torch's ways where it would not choose that itself."""
+    """A linear layer, by whichever of torch's ways is the fastest here; see `kernels`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        if not torch.compiler.is_compiling():
-            return linear(x, self.weight, self.bias)
-        if x.numel() == x.shape[-1]:
-            return self._one_row(x)
-        # How many rows come is left open; it takes two to get here.
-        if self.bias is None and better_by_onednn(x, 2 * self.weight.numel()):
-            return opaque_linear(x, self.weight)
-        return super().forward(x)
-
-    def _one_row(self, x: Tensor) -> Tensor:
-        """The same for [..., 1, in], whose time is that of reading the weights.
-
-        Compiled, this is one loop over them together with what comes before and after; a matrix
-        product is no better at it, and is a call.
-        """
-        out = (x.float().unsqueeze(-2) * self.weight.float()).sum(dim=-1)
-        return (out if self.bias is None else out + self.bias.float()).to(x.dtype)
+        return kernels.linear(x, self.weight, self.bias)
 
 
 class GatedMLP(nn.Module):
@@ -163,119 +107,67 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False):
-    """Scaled dot-product attention with grouped queries; keys and values are never repeated.
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    """Scaled dot-product attention with grouped queries; keys and values are never copied.
 
     Args:
         q: [B, H, S, d]; query heads h · H/K … (h + 1) · H/K - 1 share key/value head h.
         k, v: [B, K, L, d].
-        mask: [B, 1, S, L], True where a row may look. A row that may look nowhere gives zeros.
+        mask: [B, 1, S, L], True where a row may look: somewhere at least.
         causal: row s looks at keys 0 … s (S = L); no mask then.
 
     Returns:
         [B, H, S, d].
     """
     batch, heads, rows, width = q.shape
-    groups = k.shape[1]
-    if causal and rows > 1:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    # Without an order among the rows, the heads of a group are only more rows of the same head.
-    q = q.reshape(batch, groups, -1, width)  # [B, K, H/K · S, d]
-    if mask is None and better_by_products(q, k):
-        return attend_by_products(q, k, v).reshape(batch, heads, rows, width)
-    if mask is not None and rows > 1:
-        mask = mask.repeat(1, 1, heads // groups, 1)  # [B, 1, H/K · S, L]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(
-        batch, heads, rows, width
-    )
+    shared = k.shape[1]
+    if rows == 1 or (mask is None and not causal):
+        # Without an order among the rows, heads that share keys are only more rows.
+        q = q.reshape(batch, shared, -1, width)  # [B, K, H/K · S, d]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return out.reshape(batch, heads, rows, width)
+    q = q.reshape(batch * shared, -1, rows, width)  # [B · K, H/K, S, d]
+    k, v = (x.flatten(0, 1)[:, None].expand(-1, heads // shared, -1, -1) for x in (k, v))
+    if mask is not None and batch > 1:
+        mask = mask.repeat_interleave(shared, dim=0)  # [B · K, 1, S, L]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    return out.reshape(batch, heads, rows, width)
 
 
-def better_by_products(q: Tensor, k: Tensor) -> bool:
-    """Whether `attend_by_products` is worth its preparations.
-
-    On the meta device, too: a plan counts what it takes, though on CUDA it is never taken.
-    """
-    pairs = q.shape[2] * k.shape[2]
-    return (
-        q.device.type in ("cpu", "meta")
-        and q.dtype in (torch.float32, torch.bfloat16)
-        and pairs >= PRODUCTS_PAIRS
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-    )
-
-
-def attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`attend` for many rows and keys on a CPU: plain products, in blocks of rows.
-
-    torch's own kernel multiplies small tiles; two large products are 1.2 to 1.9 times as fast.
-    Scores are float32 as they are there.
-
-    Args:
-        q: [B, K, R, d]; rows of all heads of a group.
-        k, v: [B, K, L, d].
-
-    Returns:
-        [B, K, R, d].
-    """
-    out = torch.empty_like(q)
-    groups = product(range(q.shape[0]), range(q.shape[1]))
-    # For a plan, which asks only what memory they take, one group stands for all.
-    for group in islice(groups, 1) if q.is_meta else groups:
-        attend_in_blocks(q[group], k[group], v[group], out[group])
-    return out
-
-
-def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-    """Fill out [R, d] with the attention of q [R, d] to k, v [L, d], a block of rows at a time."""
-    rows, width = q.shape
-    block = max(1, SCORES_BYTES // (4 * len(k)))
-    keys = k.float() * width**-0.5
-    values = v.mT.contiguous()  # [d, L]
-    for start in range(0, rows, block):
-        some = slice(start, start + block)
-        shares = linear(q[some].float(), keys).softmax(dim=-1).type_as(v)  # [block, L]
-        out[some] = linear(shares, values)
-
-
-def attend_and_weigh(q: Tensor, k: Tensor, v: Tensor, votes: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention without a mask, and how much of it each key gets.
+def attention_with_saliency(
+    q: Tensor, k: Tensor, v: Tensor, votes: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention of one slot, and how much of it each key gets.
 
     `scaled_dot_product_attention` does not tell its probabilities, and computing them a second time
-    would cost a tenth of a cross-attention block; so this computes them once, in blocks of queries
-    that fit a CPU core's cache (elsewhere: that are worth a kernel's launch). No [B, H, S, V]
-    tensor is ever made.
+    would cost a tenth of a cross-attention block; so this computes them once, in blocks of rows. No
+    [H, S, V] tensor is ever made.
 
     Args:
-        q: [B, H, S, d].
-        k, v: [B, K, V, d].
-        votes: [B, S], float32: how much each query counts.
+        q: [1, H, S, d].
+        k, v: [1, K, V, d].
+        votes: [1, S], float32: how much each row counts.
+        mask: [1, 1, S, V], as for `attention`.
 
     Returns:
-        [B, H, S, d]; and [B, H, V], float32: softmax probabilities times votes, summed over S.
+        [1, H, S, d]; and [H, V], float32: softmax probabilities times votes, summed over rows.
     """
-    batch, heads, rows, width = q.shape
-    groups, keys = k.shape[1:3]
-    q = q.unflatten(1, (groups, -1)).flatten(0, 1)  # [B · K, H/K, S, d]
-    k, v = k.flatten(0, 1), v.flatten(0, 1)  # [B · K, V, d]
-    votes = votes.repeat_interleave(groups, dim=0)[:, None, None]  # [B · K, 1, 1, S]
-    on_cpu = q.device.type == "cpu"
-    at_once = 1 if on_cpu else batch * groups
-    block_bytes = 2**20 if on_cpu else 24 * 2**20
-    block_rows = max(1, block_bytes // (4 * at_once * q.shape[1] * keys))
-    # These kernels write an element of a row only once they have read it for the last time.
-    in_place = q.device.type in ("cpu", "cuda", "meta") and not torch.is_grad_enabled()
+    _, heads, rows, width = q.shape
+    shared, tokens = k.shape[1:3]
+    q = q.reshape(shared, -1, rows, width) * width**-0.5  # [K, H/K, S, d]
     out = torch.empty_like(q)
-    mass = q.new_zeros(*q.shape[:2], keys, dtype=torch.float32)  # [B · K, H/K, V]
-    for group in range(0, batch * groups, at_once):
-        of = slice(group, group + at_once)
-        for start in range(0, rows, block_rows):
-            run = slice(start, start + block_rows)
-            block = q[of, :, run]  # [groups, H/K, rows, d]
-            scores = block.flatten(1, 2) * width**-0.5 @ k[of].mT  # [groups, H/K · rows, V]
-            scores = scores.float()
-            shares = torch.softmax(scores, dim=-1, out=scores if in_place else None)
-            by_head = shares.unflatten(1, block.shape[1:3])  # [groups, H/K, rows, V]
-            mass[of] += (votes[of, ..., run] @ by_head).squeeze(2)
-            out[of, :, run] = (shares.type_as(v) @ v[of]).unflatten(1, block.shape[1:3])
-    return out.reshape(batch, heads, rows, width), mass.reshape(batch, heads, keys)
+    saliency = q.new_zeros(shared, heads // shared, tokens, dtype=torch.float32)
+    block = max(1, SCORES_BYTES // (4 * heads * tokens))
+    in_place = q.device.type != "mps"  # the others read an element for the last time, then write it
+    for start in range(0, rows, block):
+        some = slice(start, start + block)
+        scores = (q[:, :, some].flatten(1, 2) @ k[0].mT).float()  # [K, H/K · block, V]
+        scores = scores.unflatten(1, (heads // shared, -1))  # [K, H/K, block, V]
+        if mask is not None:
+            scores.masked_fill_(~mask[:, :, some], -torch.inf)
+        shares = torch.softmax(scores, dim=-1, out=scores if in_place else None)
+        saliency += (votes[:, None, some] @ shares).squeeze(2)
+        out[:, :, some] = (shares.type_as(v).flatten(1, 2) @ v[0]).unflatten(1, shares.shape[1:3])
+    return out.reshape(1, heads, rows, width), saliency.flatten(0, 1)

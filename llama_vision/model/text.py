@@ -4,26 +4,81 @@ An image touches the text in the cross-attention blocks alone, and there only th
 values of its visual tokens. A text row that sees no image passes such a block unchanged.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import count
 
 import torch
 from torch import Tensor, nn
 
-from llama_vision.cache.kv import Cache
-from llama_vision.cache.pruning import Pruner
-from llama_vision.cache.visual_tokens import VisualTokens
 from llama_vision.config import EXTRA_EMBEDDINGS, TextConfig
-from llama_vision.engine.prefill import TextChunk, TextPass, VisualChunk, VisualPass, in_chunks
 from llama_vision.model.layers import (
     GatedMLP,
     Linear,
     RMSNorm,
-    attend,
+    attention,
+    attention_with_saliency,
     merge_heads,
     rotate,
     split_heads,
 )
+
+
+@dataclass
+class TextContext:
+    """What the self-attention blocks of one forward need beside its rows."""
+
+    cos: Tensor
+    """[B, 1, S, d], of the rows' positions; see `layers.rotary_angles`."""
+    sin: Tensor
+    keys: Sequence[Tensor] | None = None
+    """The text cache of these slots, for each layer [B, K, capacity, d]; None: nothing is kept."""
+    values: Sequence[Tensor] | None = None
+    positions: Tensor | None = None
+    """[B, S], where the rows go in the cache."""
+    length: int = 0
+    """How many cached rows to read: those of this forward and all before them."""
+    mask: Tensor | None = None
+    """[B, 1, S, L], True for the cached rows that a row may look at; None: see `causal`."""
+    causal: bool = True
+    """Without a mask: a row looks at those up to itself (S = L), else at all that are read."""
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Put the rows' keys and values [B, K, S, d] into the cache; what to read: [B, K, L, d]."""
+        if self.keys is None:
+            return keys, values
+        slots = torch.arange(len(keys), device=keys.device)[:, None]
+        self.keys[layer][slots, :, self.positions] = keys.transpose(1, 2)  # [B, S, K, d]
+        self.values[layer][slots, :, self.positions] = values.transpose(1, 2)
+        return self.keys[layer][:, :, : self.length], self.values[layer][:, :, : self.length]
+
+
+@dataclass
+class VisualContext:
+    """What one cross-attention block needs beside its rows."""
+
+    keys: Tensor
+    """[B, K, V, d], from `CrossAttention.project`, now or when the image came."""
+    values: Tensor
+    mask: Tensor | None = None
+    """[B, 1, S, V], True for the tokens that a row sees; None: all of them."""
+    sees: Tensor | None = None
+    """[B, S, 1], False for rows that see none; None: all rows see some."""
+    votes: Tensor | None = None
+    """[1, S], float32: how much each row counts in the saliency; None: nobody asks for it."""
+    saliency: Tensor | None = None
+    """[H, V], float32: attention that the tokens got from the rows that vote, once it is known."""
+
+
+def visible_prefix(visible: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Mask [B, 1, S, V] and `sees` [B, S, 1] of rows that see the first visible [B, S] of V tokens.
+
+    A row that sees none looks at one token under the mask, for attention needs something to look
+    at; `sees` takes away what it finds.
+    """
+    token = torch.arange(tokens, device=visible.device)
+    mask = token < visible.clamp(min=1)[:, None, :, None]
+    return mask, (visible > 0)[..., None]
 
 
 class TextDecoder(nn.Module):
@@ -39,50 +94,22 @@ class TextDecoder(nn.Module):
         self.lm_head = Linear(width, config.vocab_size, bias=False)
 
     def forward(
-        self,
-        token_ids: Tensor,
-        lengths: Sequence[int],
-        visual: VisualTokens | None = None,
-        cache: Cache | None = None,
-        pruner: Pruner | None = None,
-        prefill_chunk: int | None = None,
+        self, token_ids: Tensor, text: TextContext, visual: Sequence[VisualContext] = ()
     ) -> Tensor:
-        """Run the blocks over the next S rows of each sample.
+        """All blocks over the rows [B, S]; without visual tokens cross-attention is passed by.
 
         Args:
-            token_ids: [B, S]; on the host they need no transfer back.
-            lengths: rows of each sample that are not padding.
-            visual: tokens of the images whose ids are in `token_ids`; None if there are none.
-            cache: holds what came before and receives these rows; without one they are the first.
-            pruner: asked, if there are images, after the first cross-attention block.
-            prefill_chunk: most rows, of all samples, that go through a block at once; only with a
-                cache.
+            visual: for each cross-attention block, in order; none where no row sees an image.
 
         Returns:
             [B, S, D], before the final norm.
         """
-        h = self.embed_tokens(token_ids.to(self.embed_tokens.weight.device))
-        text = TextPass(self.config, h, cache, prefill_chunk)
-        sight = VisualPass(
-            self.config, token_ids, lengths, visual, cache, pruner, prefill_chunk, h.device
-        )
-        return self.run(h, text, sight, lambda saliency: sight.keep(pruner(saliency, visual)))
-
-    def run(
-        self,
-        h: Tensor,
-        text: TextPass,
-        sight: VisualPass,
-        prune: Callable[[Tensor], None] | None = None,
-    ) -> Tensor:
-        """All blocks over the rows h [B, S, D]; `prune` is given the saliency once it is there."""
+        h = self.embed_tokens(token_ids)  # [B, S, D]
         for block in self.layers:
             if isinstance(block, SelfAttentionBlock):
                 h = block(h, text)
-            elif not sight.blind:
-                h = block(h, sight)
-                if sight.saliency is not None:
-                    prune(sight.saliency)
+            elif visual:
+                h = block(h, visual[block.layer])
         return h
 
     def logits(self, h: Tensor) -> Tensor:
@@ -105,27 +132,24 @@ class SelfAttentionBlock(nn.Module):
 
     def __init__(self, config: TextConfig, layer: int):
         super().__init__()
+        self.layer = layer
         width = config.hidden_size
         self.input_layernorm = RMSNorm(width, config.rms_norm_eps)
         self.self_attn = SelfAttention(config, layer)
         self.post_attention_layernorm = RMSNorm(width, config.rms_norm_eps)
         self.mlp = GatedMLP(width, config.intermediate_size)
 
-    def forward(self, x: Tensor, text: TextPass) -> Tensor:
+    def forward(self, x: Tensor, text: TextContext) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
-        return in_chunks(x, text.chunks, lambda x, rows: self._run(x, text.chunk(rows)))
-
-    def _run(self, x: Tensor, chunk: TextChunk) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), chunk)
+        x = x + self.self_attn(self.input_layernorm(x), text)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class GroupedQueryAttention(nn.Module):
-    """The projections that both kinds of attention have, and the layer's number in its store."""
+    """The projections that both kinds of attention have."""
 
-    def __init__(self, config: TextConfig, layer: int):
+    def __init__(self, config: TextConfig):
         super().__init__()
-        self.layer = layer
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         width, kv_width = config.hidden_size, config.num_key_value_heads * config.head_dim
         self.q_proj = Linear(width, width, bias=False)
@@ -137,13 +161,17 @@ class GroupedQueryAttention(nn.Module):
 class SelfAttention(GroupedQueryAttention):
     """Causal attention with rotary positions."""
 
-    def forward(self, x: Tensor, chunk: TextChunk) -> Tensor:
-        """[B, c, D] -> [B, c, D]."""
-        q = rotate(split_heads(self.q_proj(x), self.heads), chunk.cos, chunk.sin)
-        k = rotate(split_heads(self.k_proj(x), self.kv_heads), chunk.cos, chunk.sin)
+    def __init__(self, config: TextConfig, layer: int):
+        super().__init__(config)
+        self.layer = layer
+
+    def forward(self, x: Tensor, text: TextContext) -> Tensor:
+        """[B, S, D] -> [B, S, D]."""
+        q = rotate(split_heads(self.q_proj(x), self.heads), text.cos, text.sin)
+        k = rotate(split_heads(self.k_proj(x), self.kv_heads), text.cos, text.sin)
         v = split_heads(self.v_proj(x), self.kv_heads)
-        k, v = chunk.extend(self.layer, k, v)
-        return self.o_proj(merge_heads(attend(q, k, v, mask=chunk.mask, causal=chunk.causal)))
+        k, v = text.extend(self.layer, k, v)
+        return self.o_proj(merge_heads(attention(q, k, v, mask=text.mask, causal=text.causal)))
 
 
 class CrossAttentionBlock(nn.Module):
@@ -151,47 +179,48 @@ class CrossAttentionBlock(nn.Module):
 
     def __init__(self, config: TextConfig, layer: int):
         super().__init__()
+        self.layer = layer
         width = config.hidden_size
         self.input_layernorm = RMSNorm(width, config.rms_norm_eps)
-        self.cross_attn = CrossAttention(config, layer)
+        self.cross_attn = CrossAttention(config)
         self.cross_attn_attn_gate = nn.Parameter(torch.zeros(1))
         self.post_attention_layernorm = RMSNorm(width, config.rms_norm_eps)
         self.mlp = GatedMLP(width, config.intermediate_size)
         self.cross_attn_mlp_gate = nn.Parameter(torch.zeros(1))
 
-    def forward(self, x: Tensor, sight: VisualPass) -> Tensor:
+    def forward(self, x: Tensor, visual: VisualContext) -> Tensor:
         """[B, S, D] -> [B, S, D]; a row that sees no image leaves as it came.
 
         Source: llama_models/llama3/multimodal/model.py, CrossAttentionTransformerBlock: such rows
         are zeroed after the attention and again after the MLP.
         """
-        layer = self.cross_attn.layer
-        k, v = sight.keys_values(layer, self.cross_attn.project)
-        return in_chunks(
-            x, sight.chunks, lambda x, rows: self._run(x, k, v, sight.chunk(layer, rows))
-        )
-
-    def _run(self, x: Tensor, k: Tensor, v: Tensor, chunk: VisualChunk) -> Tensor:
-        attention = self.cross_attn(self.input_layernorm(x), k, v, chunk)
-        x = x + self.cross_attn_attn_gate.tanh() * attention
+        attended = self.cross_attn(self.input_layernorm(x), visual)
+        x = x + self.cross_attn_attn_gate.tanh() * attended
         hidden = self.mlp(self.post_attention_layernorm(x))
-        if chunk.seen is not None:
-            hidden = hidden * chunk.seen
+        if visual.sees is not None:
+            hidden = hidden * visual.sees
         return x + self.cross_attn_mlp_gate.tanh() * hidden
 
 
 class CrossAttention(GroupedQueryAttention):
     """Attention from text rows to visual tokens: normed heads, no positions, no order."""
 
-    def __init__(self, config: TextConfig, layer: int):
-        super().__init__(config, layer)
+    def __init__(self, config: TextConfig):
+        super().__init__(config)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, chunk: VisualChunk) -> Tensor:
-        """x [B, c, D], k and v [B, K, V, d] -> [B, c, D]; zero for rows that see nothing."""
+    def forward(self, x: Tensor, visual: VisualContext) -> Tensor:
+        """[B, S, D] -> [B, S, D]; zero for rows that see nothing."""
         q = self.q_norm(split_heads(self.q_proj(x), self.heads))
-        return self.o_proj(merge_heads(chunk.attend(q, k, v)))
+        k, v = visual.keys, visual.values
+        if visual.votes is None:
+            out = attention(q, k, v, mask=visual.mask)
+        else:
+            out, visual.saliency = attention_with_saliency(q, k, v, visual.votes, visual.mask)
+        if visual.sees is not None:
+            out = out * visual.sees[:, None]
+        return self.o_proj(merge_heads(out))
 
     def project(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of visual tokens: [B, V, D] -> two of [B, K, V, d]."""

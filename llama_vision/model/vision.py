@@ -1,11 +1,11 @@
-"""The tiled vision encoder: local blocks over all tiles, gated global blocks, tapped features.
+"""The tiled vision encoder: local blocks over all tiles, then gated global blocks.
 
 pixels of the real tiles                    [N, t, 3, h, w]
   patches -> + tile embedding -> class token -> + position embedding -> layernorm_pre
   pad: each tile to a multiple of 8 tokens, the image to max_num_tiles tiles
-  local blocks ......... the inputs of a few of them are tapped
+  local blocks ......... the inputs of a few of them are kept: intermediate features
   layernorm_post -> + tile embedding -> gated global blocks
-features of the real tiles                  [N, t, P, E · (1 + taps)]
+features of the real tiles                  [N, t, P, E · (1 + intermediate layers)]
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_vision.config import VisionConfig
-from llama_vision.model.layers import Linear, attend, merge_heads, split_heads
+from llama_vision.model.layers import Linear, attention, merge_heads, split_heads
 
 TOKENS_MULTIPLE = 8
 """Each tile's tokens are padded to a multiple of this.
@@ -26,21 +26,21 @@ Source: llama_models/llama3/multimodal/encoder_utils.py, expand_num_tokens_to_mu
 
 
 class Layout(NamedTuple):
-    """Where the tokens of an image are: real ones first, then padding, absent tiles at the end."""
+    """Where the tokens of an image are: real ones first, then padding, padding tiles at the end."""
 
     real: int
     """Tokens of real tiles."""
-    absent: int
-    """Tokens of the last absent tile, padding included."""
+    padding_tile: int
+    """Tokens of the last padding tile, padding included."""
     copies: int
-    """How many absent tiles more there are that are just like it, and so are left out."""
+    """How many padding tiles more there are that are just like it, and so are left out."""
 
 
 class VisionEncoder(nn.Module):
     """Images as tiles in, features of every token of every real tile out.
 
-    Real tokens attend to absent tiles too, so those go through all blocks. As published, nothing
-    tells an image's absent tiles from each other, so one can stand for them all: half of the work
+    Real tokens attend to padding tiles too, so those go through all blocks. As published, nothing
+    tells an image's padding tiles from each other, so one can stand for them all: half of the work
     of a one-tile image.
     """
 
@@ -57,11 +57,11 @@ class VisionEncoder(nn.Module):
         self.layernorm_post = nn.LayerNorm(width, config.norm_eps)
         self.transformer = Blocks(config, config.num_hidden_layers, gated=False)
         self.global_transformer = Blocks(config, config.num_global_layers, gated=True)
-        self.absent_tiles_alike = False
-        """Whether the weights make an image's absent tiles all the same; `compare_absent_tiles`."""
+        self.padding_tiles_alike = False
+        """Whether the weights make an image's padding tiles all alike; `compare_padding_tiles`."""
 
-    def absent_entries(self) -> Iterator[Tensor]:
-        """What each table holds for the absent tiles of each grid: views [T - t, width]."""
+    def padding_entries(self) -> Iterator[Tensor]:
+        """What each table holds for the padding tiles of each grid: views [T - t, width]."""
         tables = (
             self.pre_tile_positional_embedding.embedding,
             self.gated_positional_embedding.tile_embedding,
@@ -72,14 +72,14 @@ class VisionEncoder(nn.Module):
             for rows, cols in self.config.grids:
                 yield slots[self.config.aspect_id((rows, cols)), rows * cols :]
 
-    def compare_absent_tiles(self) -> None:
-        """Once the weights are here, see whether they give all absent tiles of an image the same.
+    def compare_padding_tiles(self) -> None:
+        """Once the weights are here, see whether they give all padding tiles of an image the same.
 
         Source: llama_models/llama3/multimodal/model.py, TilePositionEmbedding.forward and
         apply_positional_embedding: they give them nothing, zeros in the official files.
         """
-        self.absent_tiles_alike = all(
-            bool((entry == entry[:1]).all()) for entry in self.absent_entries()
+        self.padding_tiles_alike = all(
+            bool((entry == entry[:1]).all()) for entry in self.padding_entries()
         )
 
     def forward(self, pixels: Tensor, aspect_ids: Tensor) -> Tensor:
@@ -90,18 +90,18 @@ class VisionEncoder(nn.Module):
             aspect_ids: [N], from `VisionConfig.aspect_id`.
 
         Returns:
-            [N, t, P, E · (1 + taps)]: the final features, then the tapped ones, interleaved
-            (feature e of tap i at E + e · taps + i).
+            [N, t, P, E · (1 + I)]: the final features, then those of the I intermediate layers,
+            interleaved (feature e of layer i at E + e · I + i).
 
         Source: llama_models/llama3/multimodal/model.py, VisionEncoder.forward.
         """
         images, tiles = pixels.shape[:2]
         x = self.patch_embedding(pixels.flatten(0, 1)).flatten(2).transpose(1, 2)
         x = x.unflatten(0, (images, tiles))  # [N, t, P - 1, E]
-        absent = self.config.max_num_tiles - tiles
-        copies = max(0, absent - 1) if self.absent_tiles_alike else 0
-        # Absent tiles have zero pixels; there is no bias, so their patches are zero too.
-        x = F.pad(x, (0, 0, 0, 0, 0, absent - copies))  # [N, T', P - 1, E]
+        padding = self.config.max_num_tiles - tiles
+        copies = max(0, padding - 1) if self.padding_tiles_alike else 0
+        # Padding tiles have zero pixels; there is no bias, so their patches are zero too.
+        x = F.pad(x, (0, 0, 0, 0, 0, padding - copies))  # [N, T', P - 1, E]
         x = self.pre_tile_positional_embedding(x, aspect_ids)
         class_tokens = self.class_embedding.expand(*x.shape[:2], 1, -1)
         x = torch.cat([class_tokens, x], dim=2)  # [N, T', P, E]
@@ -114,11 +114,11 @@ class VisionEncoder(nn.Module):
         layout = Layout(tiles * tokens, x.shape[2], copies)
         x = x.flatten(1, 2)[:, order]  # [N, real tokens and then padding, E]
 
-        x, taps = self.transformer(x, layout, self.config.intermediate_layers_indices)
+        x, intermediate = self.transformer(x, layout, self.config.intermediate_layers_indices)
         x = self.layernorm_post(x)
         x = self.post_tile_positional_embedding(x, aspect_ids, tile_of_token)
         x, _ = self.global_transformer(x, layout)
-        features = torch.cat([x[:, : layout.real], *taps], dim=-1)
+        features = torch.cat([x[:, : layout.real], *intermediate], dim=-1)
         return features.unflatten(1, (tiles, tokens))
 
 
@@ -177,18 +177,18 @@ class Blocks(nn.Module):
         self.layers = nn.ModuleList(VisionBlock(config, gated) for _ in range(count))
 
     def forward(
-        self, x: Tensor, layout: Layout, taps: tuple[int, ...] = ()
+        self, x: Tensor, layout: Layout, indices: tuple[int, ...] = ()
     ) -> tuple[Tensor, list[Tensor]]:
-        """[N, n, E] -> the same, and the taps: none, or one [N, real, E · taps].
+        """[N, n, E] -> the same, and the intermediate features: none, or one [N, real, E · I].
 
-        A tap is the *input* of its block; of the padding nothing is kept.
+        They are the *inputs* of the blocks at `indices`; of the padding nothing is kept.
         """
-        tapped = []
+        kept = []
         for index, block in enumerate(self.layers):
-            if index in taps:
-                tapped.append(x[:, : layout.real].clone())
+            if index in indices:
+                kept.append(x[:, : layout.real].clone())
             x = block(x, layout)
-        return x, [torch.stack(tapped, dim=-1).flatten(2)] if tapped else []
+        return x, [torch.stack(kept, dim=-1).flatten(2)] if kept else []
 
 
 class VisionBlock(nn.Module):
@@ -230,17 +230,17 @@ class VisionAttention(nn.Module):
         """[N, n, E] -> [N, n, E].
 
         The reference masks the pairs (padding, padding) and no others: real tokens do attend to
-        padding. With the real tokens in front, that is two attentions without any mask. An absent
+        padding. With the real tokens in front, that is two attentions without any mask. A padding
         tile that stands for others is there for real tokens as often as they were.
 
         Source: llama_models/llama3/multimodal/encoder_utils.py, build_encoder_attention_mask.
         """
         q, k, v = (split_heads(p(x), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
-        real, absent, copies = layout
-        from_padding = attend(q[:, :, real:], k[:, :, :real], v[:, :, :real])
+        real, padding_tile, copies = layout
+        from_padding = attention(q[:, :, real:], k[:, :, :real], v[:, :, :real])
         if copies:
-            k, v = (torch.cat([t, *[t[:, :, -absent:]] * copies], dim=2) for t in (k, v))
-        from_real = attend(q[:, :, :real], k, v)
+            k, v = (torch.cat([t, *[t[:, :, -padding_tile:]] * copies], dim=2) for t in (k, v))
+        from_real = attention(q[:, :, :real], k, v)
         return self.o_proj(merge_heads(torch.cat([from_real, from_padding], dim=2)))
 
 

@@ -1,0 +1,149 @@
+"""Where a checkpoint is: a directory, a repository of the Hugging Face hub, or beside the code."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import validate_repo_id
+
+from llama_vision.checkpoint.config_json import read_config
+from llama_vision.checkpoint.files import CheckpointError, find_shards
+from llama_vision.config import OFFICIAL_SIZES, Config, LlamaVisionError, official_config
+
+EXAMPLE_REPO = "meta-llama/Llama-3.2-11B-Vision-Instruct"
+NEEDED_FILES = ("*.json", "tokenizer.model", "*.safetensors")
+UNNEEDED_FILES = ("original/*",)
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_HOME = _PACKAGE if (_PACKAGE / "weights").is_dir() else _PACKAGE.parent
+EMBEDDED_MODEL = _HOME / "weights" / "pico"
+"""The small trained model: inside the package where it is installed, beside it in a checkout."""
+
+
+def find_checkpoint(source: str | Path) -> Path:
+    """The directory of a checkpoint.
+
+    Args:
+        source: a directory, or the id of a Hugging Face repository, which is looked for in the
+            local cache first and then downloaded (HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE and
+            HF_TOKEN are respected; of the files only those needed are fetched).
+
+    Raises:
+        CheckpointError: neither, or the repository cannot be had; says what to do.
+    """
+    directory = Path(source).expanduser()
+    if directory.is_dir():
+        return directory
+    if directory.exists() or not _is_repo_id(str(source)):
+        what = "is a file" if directory.exists() else "does not exist"
+        raise CheckpointError(
+            f"model {source} {what}; expected a directory with config.json and *.safetensors, "
+            f"or a repository id such as {EXAMPLE_REPO}"
+        )
+    try:
+        cached = _snapshot(str(source), local_files_only=True)
+        if _is_complete(cached):
+            return cached
+    except hub_errors.LocalEntryNotFoundError:
+        pass
+    return download(str(source))
+
+
+def load_config(source: str | Path) -> Config:
+    """The configuration of a directory, a repository (no other file is fetched), "11b" or "90b".
+
+    Raises:
+        CheckpointError: there is no such thing, or it cannot be had.
+        ConfigError: it describes another architecture.
+    """
+    if str(source) in OFFICIAL_SIZES:
+        return official_config(str(source))
+    directory = Path(source).expanduser()
+    if directory.exists() or not _is_repo_id(str(source)):
+        return read_config(find_checkpoint(source))
+    repo, files = str(source), ["config.json"]
+    try:
+        cached = _snapshot(repo, files, local_files_only=True)
+        if (cached / "config.json").is_file():
+            return read_config(cached)
+    except hub_errors.LocalEntryNotFoundError:
+        pass
+    try:
+        return read_config(_snapshot(repo, files))
+    except LlamaVisionError:
+        raise
+    except Exception as error:
+        raise CheckpointError(_explain(repo, error)) from None
+
+
+def _is_repo_id(source: str) -> bool:
+    try:
+        validate_repo_id(source)
+    except hub_errors.HFValidationError:
+        return False
+    return source.count("/") == 1
+
+
+def _snapshot(repo: str, files: Sequence[str] = NEEDED_FILES, **how: Any) -> Path:
+    return Path(
+        snapshot_download(
+            repo, allow_patterns=list(files), ignore_patterns=list(UNNEEDED_FILES), **how
+        )
+    )
+
+
+def _is_complete(directory: Path) -> bool:
+    try:
+        return (directory / "config.json").is_file() and bool(find_shards(directory))
+    except CheckpointError:
+        return False
+
+
+def download(repo: str, *, to: Path | None = None, token: str | None = None) -> Path:
+    """Fetch the needed files of a Hugging Face repository; those already here are left alone.
+
+    Args:
+        to: a directory for them; None for the local cache.
+        token: None for HF_TOKEN, or the one that `hf auth login` stored.
+
+    Raises:
+        CheckpointError: gated, unknown or out of reach; says what to do.
+    """
+    try:
+        if to is None:
+            return _snapshot(repo, token=token)
+        # Out of reach, snapshot_download would be content with whatever is in `to`: ask first.
+        commit = HfApi(token=token).model_info(repo).sha
+        return _snapshot(repo, token=token, local_dir=to, revision=commit)
+    except Exception as error:  # the HTTP client's own errors among them, which differ by version
+        raise CheckpointError(_explain(repo, error)) from None
+
+
+def _explain(repo: str, error: Exception) -> str:
+    """Why a repository could not be had, and what to do."""
+    if isinstance(error, hub_errors.GatedRepoError):
+        return (
+            f"{repo} is gated and this account may not read it; accept the licence on its page, "
+            "then set HF_TOKEN (or run `hf auth login`), or pass a directory with the files"
+        )
+    if isinstance(error, hub_errors.RepositoryNotFoundError):
+        return (
+            f"no repository {repo}, or no right to see it; check the name, set HF_TOKEN if it is "
+            "private, or pass a directory"
+        )
+    if isinstance(error, hub_errors.HFValidationError):
+        return f"{repo!r} is no repository id; expected one such as {EXAMPLE_REPO}"
+    first_line = (str(error).splitlines() or [""])[0]
+    answer = getattr(error.__cause__ or error, "response", None)
+    if getattr(answer, "status_code", None) in (401, 403):
+        return (
+            f"{repo} was refused ({first_line}); check HF_TOKEN (or run `hf auth login` again), "
+            "or pass a directory with the files"
+        )
+    return (
+        f"{repo} is not complete in the local cache and cannot be downloaded "
+        f"({type(error).__name__}: {first_line}); "
+        "check the network and HF_HUB_OFFLINE, or pass a directory with the files"
+    )

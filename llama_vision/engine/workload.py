@@ -1,0 +1,188 @@
+"""What is asked of an engine, as far as memory goes: sizes of prompts, slots and caches."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from llama_vision.cache.pruning import PruningError
+from llama_vision.cache.visual_tokens import Grid
+from llama_vision.config import Config, SettingError
+from llama_vision.engine.segments import cut_into_segments
+from llama_vision.inputs.chat import Prompt, check_prompt
+from llama_vision.inputs.image import grid_of
+
+PREFILL_CHUNK = 2048
+"""Rows of a prompt that keep a GPU busy; more of them at once would only take more memory."""
+
+
+DEFAULT_SEQ_LEN = 2048
+"""Tokens of a prompt and its answer that there is room for where nothing else is said."""
+
+
+@dataclass(frozen=True)
+class PromptSize:
+    """One prompt: where its images stand, and their tiles."""
+
+    token_ids: tuple[int, ...]
+    grids: tuple[Grid, ...] = ()
+    """Rows and columns of tiles of each image."""
+
+    @classmethod
+    def of(cls, prompt: Prompt, config: Config, max_tiles: int) -> "PromptSize":
+        """That of a prompt, which is checked; its pictures are not cut up yet."""
+        check_prompt(prompt, config.text.image_token_id)
+        side = config.vision.image_size
+        grids = (grid_of(image, side, max_tiles) for image in prompt.images)
+        return cls(tuple(prompt.token_ids), tuple(grids))
+
+    def groups(self, config: Config) -> list[int]:
+        """Visual tokens of each group of images."""
+        segments = cut_into_segments(self.token_ids, config.text.image_token_id)
+        tiles = [sum(math.prod(self.grids[i]) for i in s.images) for s in segments if s.images]
+        return [n * config.vision.tokens_per_tile for n in tiles]
+
+    def decoded(self, config: Config) -> int:
+        """Visual tokens that decoding reads: those of the last group."""
+        return self.groups(config)[-1] if self.grids else 0
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Prompts that an engine is to answer."""
+
+    prompts: tuple[PromptSize, ...]
+    slots: int
+    """How many of them are held at once."""
+    max_text_tokens: int
+    """Most tokens of a slot, prompt and answer together."""
+    prefill_chunk: int = PREFILL_CHUNK
+    pruned: bool = False
+    """Whether a pruner chooses among the visual tokens."""
+    visual_budget: float | int | None = None
+    """Most visual tokens of a group to keep: a count, or a fraction of them."""
+    trim_first_layer: bool = True
+    padding_tiles_alike: bool = False
+    """Whether one padding tile stands for all of an image; not known before the weights are."""
+
+    @property
+    def open_ended(self) -> bool:
+        """Whether what is kept will only be known when a pruner has answered."""
+        return self.pruned and self.visual_budget is None
+
+    def cache_sizes(self, config: Config) -> dict[str, Any]:
+        """The arguments of `Cache` and `Cache.plan` but for dtype and device.
+
+        Open-ended, the capacity is the most that a pruner can leave, which the store does not take
+        beforehand.
+        """
+        needs = [prompt.decoded(config) for prompt in self.prompts]
+        kept = [budget_in_tokens(self.visual_budget, n) if n else 0 for n in needs]
+        return {
+            "slots": self.slots,
+            "max_text_tokens": self.max_text_tokens,
+            "visual_capacity": max(kept, default=0),
+            "first_visual_capacity": None if self.trim_first_layer else max(needs, default=0),
+        }
+
+    def check_budget(self, config: Config) -> None:
+        """Raise PruningError where a budget is less than is needed and no pruner would choose."""
+        for prompt in self.prompts:
+            for tokens in prompt.groups(config):
+                budget_in_tokens(self.visual_budget, tokens)
+            need = prompt.decoded(config)
+            most = budget_in_tokens(self.visual_budget, need) if need else 0
+            if need > most and not self.pruned:
+                raise PruningError(
+                    f"the images need {need} visual tokens and the visual budget is {most}; "
+                    f"raise --visual-budget (visual_budget) to {need}, or choose a pruner, "
+                    "such as --k-ratio 0.5 (pruner=TrimmedLlama(0.5))"
+                )
+
+
+def budget_in_tokens(budget: float | int | None, tokens: int) -> int:
+    """A visual budget for a group of so many tokens: of a fraction its part, or the count.
+
+    Raises:
+        PruningError: it is no fraction in (0, 1] and no count of at least 1, or under one token.
+    """
+    if budget is None:
+        return tokens
+    is_number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
+    if not is_number or not budget > 0 or (isinstance(budget, float) and budget > 1):
+        raise PruningError(
+            f"visual_budget is {budget!r}; expected a fraction above 0 and at most 1.0, "
+            "or a whole number of tokens"
+        )
+    most = min(budget, tokens) if isinstance(budget, int) else math.floor(budget * tokens)
+    if tokens and not most:
+        raise PruningError(
+            f"visual_budget is {budget!r}, less than one of the {tokens} visual tokens of a group "
+            "of images; expected a larger fraction, or a whole number of tokens"
+        )
+    return most
+
+
+def slot_capacity(
+    config: Config, slots: int, max_seq_len: int, visual_budget: float | int | None
+) -> int | None:
+    """Visual tokens that an engine's slot has room for; None where it is left open.
+
+    Raises:
+        LlamaVisionError: a number is out of range.
+    """
+    most = config.text.max_position_embeddings
+    if slots < 1:
+        raise SettingError(f"slots is {slots}; expected 1 or more")
+    if not 1 <= max_seq_len <= most:
+        raise SettingError(f"max_seq_len is {max_seq_len}; expected 1 to {most} for this model")
+    image = config.vision.max_num_tiles * config.vision.tokens_per_tile
+    part = budget_in_tokens(visual_budget, image)
+    return part if isinstance(visual_budget, float) else visual_budget
+
+
+def workload_alike(
+    config: Config,
+    *,
+    batch: int = 1,
+    images: int = 1,
+    tiles: int | None = None,
+    max_seq_len: int = DEFAULT_SEQ_LEN,
+    prompt_tokens: int | None = None,
+    visual_budget: float | int | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+) -> Workload:
+    """Prompts of equal size, so many at once, each in a slot of its own.
+
+    Args:
+        images: of each prompt, side by side in front of the text.
+        tiles: of each image; None for the most.
+        max_seq_len: most tokens of prompt and answer together.
+        prompt_tokens: of each prompt, its images among them; None for max_seq_len - 1, the most.
+        visual_budget: most visual tokens of each prompt to keep: a fraction of them or a count.
+        prefill_chunk: most rows that go through a block at once.
+
+    Raises:
+        LlamaVisionError: a number is out of range.
+    """
+    tiles = config.vision.max_num_tiles if tiles is None else tiles
+    prompt_tokens = max_seq_len - 1 if prompt_tokens is None else prompt_tokens
+    _check_range("batch", batch, 1)
+    _check_range("max_seq_len", max_seq_len, 2, config.text.max_position_embeddings)
+    _check_range("images", images, 0, max_seq_len - 1)
+    _check_range("tiles", tiles, 1, config.vision.max_num_tiles)
+    _check_range("prompt_tokens", prompt_tokens, max(1, images), max_seq_len - 1)
+    _check_range("prefill_chunk", prefill_chunk, 1)
+    token_ids = (config.text.image_token_id,) * images + (0,) * (prompt_tokens - images)
+    prompt = PromptSize(token_ids, ((1, tiles),) * images)
+    budget = visual_budget if images else None
+    load = Workload(
+        (prompt,) * batch, batch, max_seq_len, prefill_chunk, budget is not None, budget
+    )
+    load.check_budget(config)
+    return load
+
+
+def _check_range(name: str, value: int, least: int, most: int | None = None) -> None:
+    if value < least or (most is not None and value > most):
+        upper = "or more" if most is None else f"to {most}"
+        raise SettingError(f"{name} is {value}; expected {least} {upper}")

@@ -1,0 +1,31 @@
+"""Bytes for people."""
+
+import re
+
+from llama_vision.config import SettingError
+
+UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def human_bytes(size: float) -> str:
+    """Bytes in the unit that keeps the number below 1024."""
+    unit = max((u for u in UNITS if UNITS[u] <= max(1, size)), key=UNITS.get)
+    digits = {"B": 0, "KiB": 1, "MiB": 1}.get(unit, 2)
+    return f"{size / UNITS[unit]:.{digits}f} {unit}"
+
+
+def parse_bytes(text: str) -> int:
+    """`24GiB`, `24 GB`, `512M` or a number of bytes.
+
+    Raises:
+        SettingError: something else.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?)(i?)(B?)\s*", text, re.IGNORECASE)
+    try:
+        number, prefix, binary, unit = match.groups()
+        decimal = unit and not binary  # 24 GB are 24 · 10⁹; 24G is what people mean by 24 GiB
+        return int(
+            float(number) * (1000 if decimal else 1024) ** " KMGT".index(prefix.upper() or " ")
+        )
+    except (AttributeError, ValueError):
+        raise SettingError(f"{text!r} is no size; expected one such as 24GiB or 800MB") from None

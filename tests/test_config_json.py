@@ -1,0 +1,341 @@
+"""config.json: both layouts, and every contradiction by name; generation_config.json."""
+
+import copy
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+
+from llama_vision import LlamaVision
+from llama_vision.checkpoint.config_json import (
+    GenerationDefaults,
+    config_from_dict,
+    config_to_dict,
+    read_config,
+    read_generation_config,
+)
+from llama_vision.config import (
+    OFFICIAL_SIZES,
+    ConfigError,
+    RopeScaling,
+    SettingError,
+    official_config,
+)
+
+MISSING = object()
+
+
+def tiny_json() -> dict:
+    return json.loads((TINY / "config.json").read_text(encoding="utf-8"))
+
+
+def edited(path: str, value: object) -> dict:
+    """The tiny config.json with one field, such as `text_config.vocab_size`, set or left out."""
+    data = copy.deepcopy(tiny_json())
+    *sections, field = path.split(".")
+    section = data
+    for name in sections:
+        section = section[name]
+    if value is MISSING:
+        del section[field]
+    else:
+        section[field] = value
+    return data
+
+
+# Reading
+
+
+def test_the_tiny_checkpoint_is_read_from_its_directory():
+    config = read_config(TINY)
+    data = tiny_json()
+    for ours, theirs in (
+        (config.text, data["text_config"]),
+        (config.vision, data["vision_config"]),
+    ):
+        for field in ("hidden_size", "intermediate_size", "num_hidden_layers"):
+            assert getattr(ours, field) == theirs[field]
+    assert config.text.cross_attention_layers == (3, 8)
+    assert config.text.eos_token_ids == (501, 508, 509)
+    assert config.text.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 8192)
+    assert config.vision.intermediate_layers_indices == (1, 3, 4)
+    assert config.dtype == torch.float32
+
+
+def newer_layout(data: dict) -> dict:
+    """The same configuration as files are written since `rope_parameters`."""
+    data = copy.deepcopy(data)
+    text = data["text_config"]
+    text["rope_parameters"] = {**text.pop("rope_scaling"), "rope_theta": text.pop("rope_theta")}
+    for section in (data, text, data["vision_config"]):
+        if "torch_dtype" in section:
+            section["dtype"] = section.pop("torch_dtype")
+    return data
+
+
+def test_both_layouts_give_the_same_config():
+    assert config_from_dict(newer_layout(tiny_json())) == config_from_dict(tiny_json())
+
+
+@pytest.mark.parametrize("section", ["", "text_config."], ids=["on top", "in text_config"])
+@pytest.mark.parametrize("field", ["torch_dtype", "dtype"])
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_the_published_type_is_found(section, field, name):
+    data = edited("torch_dtype", MISSING)
+    del data["text_config"]["torch_dtype"]
+    (data["text_config"] if section else data)[field] = name
+    assert config_from_dict(data).dtype == getattr(torch, name)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [{"rope_scaling": None}, {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}],
+)
+def test_rotary_frequencies_may_be_unscaled(rope):
+    data = tiny_json()
+    data["text_config"] |= rope
+    assert config_from_dict(data).text.rope_scaling is None
+
+
+def test_one_stop_token_may_stand_without_a_list():
+    assert config_from_dict(edited("text_config.eos_token_id", 7)).text.eos_token_ids == (7,)
+
+
+@pytest.mark.parametrize("field", ["intermediate_layers_indices", "cross_attention_layers"])
+def test_there_may_be_no_taps_and_no_cross_attention(field):
+    section = "vision_config" if field.startswith("inter") else "text_config"
+    data = edited(f"{section}.{field}", [])
+    data["vision_config"].pop("vision_output_dim")
+    config = config_from_dict(data)
+    assert getattr(getattr(config, section.split("_")[0]), field) == ()
+
+
+# Errors
+
+
+TEXT_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "cross_attention_layers",
+    "rms_norm_eps",
+    "rope_theta",
+    "max_position_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "hidden_act",
+)
+VISION_FIELDS = (
+    "hidden_size",
+    "attention_heads",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_global_layers",
+    "intermediate_layers_indices",
+    "image_size",
+    "patch_size",
+    "max_num_tiles",
+    "num_channels",
+    "norm_eps",
+    "hidden_act",
+)
+NEEDED = (
+    "model_type",
+    "text_config",
+    "vision_config",
+    *(f"text_config.{field}" for field in TEXT_FIELDS),
+    *(f"vision_config.{field}" for field in VISION_FIELDS),
+    *(
+        f"text_config.rope_scaling.{field}"
+        for field in (
+            "rope_type",
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_position_embeddings",
+        )
+    ),
+)
+
+
+@pytest.mark.parametrize("path", NEEDED)
+def test_a_missing_field_is_named(path):
+    with pytest.raises(ConfigError, match=rf"config\.json: {re.escape(path)} is missing, expected"):
+        config_from_dict(edited(path, MISSING))
+
+
+@pytest.mark.parametrize(
+    "field", ["rope_type", "rope_theta", "factor", "original_max_position_embeddings"]
+)
+def test_a_missing_field_of_the_newer_layout_is_named(field):
+    data = newer_layout(tiny_json())
+    del data["text_config"]["rope_parameters"][field]
+    with pytest.raises(ConfigError, match=rf"text_config\.rope_parameters\.{field} is missing"):
+        config_from_dict(data)
+
+
+def test_a_missing_type_is_named():
+    data = edited("torch_dtype", MISSING)
+    del data["text_config"]["torch_dtype"]
+    with pytest.raises(ConfigError, match="torch_dtype is missing, expected one of float32, bfl"):
+        config_from_dict(data)
+
+
+CONTRADICTIONS = {
+    "another architecture": ("model_type", "llava", "'mllama'"),
+    "image token": ("image_token_index", 511, "vocab_size = 512"),
+    "published type": ("torch_dtype", "int8", "one of float32, bfloat16, float16"),
+    "type of another kind": ("torch_dtype", [], "one of float32, bfloat16, float16"),
+    "section of another kind": ("text_config", [], "an object"),
+    "text activation": ("text_config.hidden_act", "gelu", "'silu'"),
+    "vision activation": ("vision_config.hidden_act", "quick_gelu", "'gelu'"),
+    "tied embeddings": ("text_config.tie_word_embeddings", True, "false"),
+    "rope type": ("text_config.rope_scaling.rope_type", "yarn", "'llama3'"),
+    "rope factors": ("text_config.rope_scaling.high_freq_factor", 1.0, "more than low_freq_factor"),
+    "negative rope base": ("text_config.rope_theta", -1.0, "a positive number"),
+    "norm of zero": ("text_config.rms_norm_eps", 0, "a positive number"),
+    "a text for a number": ("vision_config.norm_eps", "1e-5", "a positive number"),
+    "a truth for a number": ("text_config.vocab_size", True, "an integer"),
+    "a fraction": ("text_config.hidden_size", 64.5, "an integer from 1"),
+    "no blocks": ("text_config.num_hidden_layers", 0, "an integer from 1"),
+    "absurd tiles": ("vision_config.max_num_tiles", 10**9, "an integer from 1 to 1024"),
+    "text heads": ("text_config.num_attention_heads", 5, "a divisor of text_config.hidden_size"),
+    "odd head width": ("text_config.num_attention_heads", 64, "an even width per head"),
+    "key/value heads": (
+        "text_config.num_key_value_heads",
+        3,
+        "a divisor of text_config.num_attention_heads = 4",
+    ),
+    "vision heads": ("vision_config.attention_heads", 7, "a divisor of vision_config.hidden_size"),
+    "patches": ("vision_config.patch_size", 13, "a divisor of vision_config.image_size = 56"),
+    "channels": ("vision_config.num_channels", 4, "3, the only one supported"),
+    "width of features": ("vision_config.vision_output_dim", 300, "= 256"),
+    "grids": ("vision_config.supported_aspect_ratios", [[1, 1]], "[1, 2]"),
+    "tap out of range": ("vision_config.intermediate_layers_indices", [1, 99], "from 0 to"),
+    "taps unsorted": ("vision_config.intermediate_layers_indices", [3, 1], "ascending"),
+    "tap twice": ("vision_config.intermediate_layers_indices", [1, 1], "each once"),
+    "cross block out of range": ("text_config.cross_attention_layers", [10], "from 0 to 9"),
+    "cross block negative": ("text_config.cross_attention_layers", [-1], "from 0 to 9"),
+    "cross blocks unsorted": ("text_config.cross_attention_layers", [8, 3], "ascending"),
+    "cross blocks no list": ("text_config.cross_attention_layers", 3, "a list"),
+    "stop tokens": ("text_config.eos_token_id", [1, -2], "a token id, or a list"),
+    "no stop tokens": ("text_config.eos_token_id", [], "a token id, or a list"),
+}
+
+
+@pytest.mark.parametrize("contradiction", CONTRADICTIONS)
+def test_a_contradiction_names_field_value_and_what_is_expected(contradiction):
+    path, value, expected = CONTRADICTIONS[contradiction]
+    with pytest.raises(ConfigError) as error:
+        config_from_dict(edited(path, value))
+    message = str(error.value)
+    assert message.startswith(f"config.json: {path} is ")
+    assert str(value) in message
+    assert expected in message.partition(", expected ")[2]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "has no config.json; expected a checkpoint in the official layout"),
+        ("", "cannot be read as JSON"),
+        ('{"model_type": ', "cannot be read as JSON"),
+        ("[]", "holds a list, expected a JSON object"),
+    ],
+    ids=["absent", "empty", "cut short", "a list"],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, text, says):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=says) as error:
+        read_config(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("path", NEEDED)
+@pytest.mark.parametrize("value", [None, "x", -1, 10**30, [], {}, [[1]], float("nan")], ids=repr)
+def test_no_value_of_any_field_escapes_as_another_error(path, value):
+    complaint = complaint_about(edited(path, value))
+    assert complaint is None or path.rpartition(".")[2] in complaint
+
+
+def complaint_about(data: dict) -> str | None:
+    try:
+        config_from_dict(data)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [read_config(TINY), *map(official_config, OFFICIAL_SIZES)],
+    ids=["tiny", *OFFICIAL_SIZES],
+)
+def test_what_is_written_is_read_back(config):
+    assert config_from_dict(config_to_dict(config)) == config
+
+
+# generation_config.json
+
+
+def defaults_of(directory: Path, text: str) -> GenerationDefaults:
+    (directory / "generation_config.json").write_text(text)
+    return read_generation_config(directory)
+
+
+def test_without_a_file_answers_are_greedy(tmp_path):
+    assert read_generation_config(tmp_path) == GenerationDefaults(0.0, 1.0, 0, None)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ({}, GenerationDefaults()),
+        ({"eos_token_id": 7}, GenerationDefaults(stop_ids=(7,))),
+        ({"eos_token_id": [7, 9]}, GenerationDefaults(stop_ids=(7, 9))),
+        ({"eos_token_id": None}, GenerationDefaults()),
+        ({"temperature": 0.6, "top_p": 0.9, "top_k": 5}, GenerationDefaults()),
+        ({"do_sample": False, "temperature": -1}, GenerationDefaults()),
+        ({"do_sample": True}, GenerationDefaults(temperature=1.0)),
+        ({"do_sample": True, "top_k": None}, GenerationDefaults(temperature=1.0)),
+        (
+            {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 5, "eos_token_id": [3]},
+            GenerationDefaults(0.6, 0.9, 5, (3,)),
+        ),
+    ],
+    ids=str,
+)
+def test_random_draws_are_those_that_the_file_asks_for(tmp_path, data, expected):
+    assert defaults_of(tmp_path, json.dumps(data)) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"do_sample": true, "temperature": "warm"}',
+        '{"do_sample": true, "temperature": -0.1}',
+        '{"do_sample": true, "temperature": Infinity}',
+        '{"do_sample": true, "top_p": 0}',
+        '{"do_sample": true, "top_p": NaN}',
+        '{"do_sample": true, "top_p": 1.5}',
+        '{"do_sample": true, "top_p": []}',
+        '{"do_sample": true, "top_k": -1}',
+    ],
+)
+def test_defaults_that_cannot_be_had_name_the_file(tmp_path, text):
+    for name in ("config.json", "model.safetensors.index.json"):
+        shutil.copy(TINY / name, tmp_path)
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(SettingError, match=re.escape(str(tmp_path / "generation_config.json"))):
+        LlamaVision.without_weights(tmp_path, device="cpu")
