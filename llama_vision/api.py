@@ -21,7 +21,7 @@ from llama_vision.engine.settings import Settings
 from llama_vision.engine.workload import PromptSize, Workload
 from llama_vision.inputs.chat import Prompt, PromptError, chat_prompt
 from llama_vision.inputs.image import TiledImage, tile_image
-from llama_vision.inputs.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+from llama_vision.inputs.tokenizer import Tokenizer, load_tokenizer, needed
 from llama_vision.memory.fit import Room, check_before_download, check_weights_fit
 from llama_vision.memory.ledger import Ledger
 from llama_vision.memory.plan import MemoryPlan, plan_run
@@ -254,17 +254,8 @@ class LlamaVision:
         return chat_prompt(messages, self.need_tokenizer())
 
     def need_tokenizer(self) -> Tokenizer:
-        """The tokenizer.
-
-        Raises:
-            TokenizerError: the checkpoint came without one.
-        """
-        if self.tokenizer is None:
-            raise TokenizerError(
-                "this checkpoint has no tokenizer.model or tokenizer.json, and text needs one; "
-                "put the file beside config.json, or pass a Prompt of token ids"
-            )
-        return self.tokenizer
+        """The tokenizer; raises TokenizerError where the checkpoint came without one."""
+        return needed(self.tokenizer)
 
     def tile(self, prompt: Prompt, max_tiles: int | None = None) -> list[TiledImage]:
         """Cut a prompt's images into tiles, of at most `max_tiles` or what the model allows."""

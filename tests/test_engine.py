@@ -23,6 +23,8 @@ from llama_vision.cache.pruning import PruningError
 from llama_vision.config import SettingError
 from llama_vision.engine.engine import EngineError
 from llama_vision.inputs.chat import PromptError
+from llama_vision.inputs.image import ImageError, TiledImage
+from llama_vision.inputs.tokenizer import TokenizerError
 from llama_vision.memory.fit import MemoryLimitError
 
 GREEDY = {"temperature": 0, "ignore_stop": True}
@@ -222,21 +224,6 @@ def test_a_cancelled_request_ends_where_it_is_and_frees_its_slot(small):
     assert all_idle(engine)
 
 
-def test_a_held_conversation_goes_on_from_wherever_it_was_cancelled(small):
-    engine, draw = new_engine(small, slots=1), random.Random(3)
-    first = engine.submit(random_prompt(small, draw, 2), max_new_tokens=9, hold=True, **GREEDY)
-    for _ in range(3):
-        engine.step()
-    engine.cancel(first)
-    assert engine.held == {0: first}
-    second = engine.submit(random_prompt(small, draw, 0), after=first, max_new_tokens=3, **GREEDY)
-    engine.run(second)
-    ids = [*first.prompt.token_ids, *first.token_ids, *second.prompt.token_ids]
-    want = small.generate(Prompt(ids, first.prompt.images), max_new_tokens=3, **GREEDY)
-    assert second.token_ids == want.token_ids
-    assert all_idle(engine)
-
-
 def test_release_and_close_give_all_slots_back(small):
     engine, draw = new_engine(small, slots=2), random.Random(4)
     first, second, third = (
@@ -415,3 +402,29 @@ def test_more_slots_than_fit_are_refused_with_the_number_that_would(small, monke
     with pytest.raises(MemoryLimitError):
         Engine(small, slots=fitting + 1, **sizes)
     assert Engine(small, slots=fitting + 1, force=True, **sizes).cache.slots == fitting + 1
+
+
+def test_a_stream_needs_a_tokenizer(small):
+    engine = new_engine(small, slots=1)
+    request = engine.submit(Prompt([1, 2]), max_new_tokens=2, **GREEDY)
+    with pytest.raises(TokenizerError, match="has no tokenizer"):
+        next(engine.stream(request))
+
+
+def test_a_first_layer_that_is_left_whole_needs_room_of_its_own(tiny):
+    engine = Engine(tiny, max_seq_len=64, visual_budget=30)
+    (prompt,) = case_prompts("image_first")
+    pruner = TrimmedLlama(0.1, trim_first_layer=False)
+    with pytest.raises(PruningError, match="needs 68 tokens where its cache holds 30; raise"):
+        engine.submit(prompt, pruner=pruner)
+
+
+@pytest.mark.parametrize(
+    ("shape", "grid"),
+    [((6, 3, 56, 56), (2, 3)), ((1, 3, 28, 28), (1, 1)), ((2, 3, 56, 56), (1, 1))],
+    ids=["too many", "too small", "not its grid"],
+)
+def test_tiles_that_are_not_the_model_s_are_refused(tiny, shape, grid):
+    prompt = Prompt([512, 1], [TiledImage(torch.zeros(shape), grid, 1)])
+    with pytest.raises(ImageError, match=r"expected \[\d, 3, 56, 56\], and at most 4 tiles"):
+        tiny.generate(prompt)

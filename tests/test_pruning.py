@@ -239,36 +239,6 @@ def test_without_a_pruner_the_first_block_runs_no_operation_that_another_does_no
 # What becomes of the answer
 
 
-@pytest.mark.parametrize("trim_first_layer", [True, False], ids=["trimmed", "first layer whole"])
-def test_an_image_s_row_that_lost_all_its_tokens_sees_nothing_in_later_blocks(
-    tiny, trim_first_layer
-):
-    """Of a group of two, only tokens of the second are kept: the first's row sees none of them."""
-    image_id, images = (
-        tiny.config.text.image_token_id,
-        random_images(tiny.config, 2, random.Random(1)),
-    )
-    first, second = (17 * len(image.pixels) for image in images)
-    mask = (torch.arange(first + second) >= first) & (torch.arange(first + second) % 3 == 0)
-    states = []
-    block = tiny.model.text.layers[tiny.config.text.cross_attention_layers[1]]
-    hook = block.register_forward_hook(lambda _, args, out: states.append((args[0].clone(), out)))
-    said, plain = Conversation(tiny.model), Conversation(tiny.model)
-    said.go_on([1, image_id, image_id, 3, 4], images, pruner=Keep(mask, trim_first_layer))
-    hook.remove()
-    plain.go_on([1, image_id, image_id, 3, 4], images)
-    (before, after), *_ = states  # the two images' rows
-    assert torch.equal(before[0, 0], after[0, 0])
-    assert not torch.equal(before[0, 1], after[0, 1])
-    changed = said.go_on([5]) - plain.go_on([5])
-    assert changed.abs().max() > 1e-2
-    kept = int(mask.sum())
-    assert said.held == [kept if trim_first_layer else first + second, kept]
-    notes = said.token_ids, said.images, said.kept, said.passes
-    expected = MaskedOracle(tiny.model).logits(*notes, trim_first_layer)
-    assert_close("logits", torch.cat(said.logits), expected, EXACT)
-
-
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("always", [True, False])
 def test_class_tokens_can_be_kept_always(tiny, rule, always):

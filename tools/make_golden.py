@@ -21,14 +21,19 @@ def main() -> None:
     reference = parser.parse_args().reference
     golden = reference / "golden"
     for folder in (reference / "tiny", reference / "official", golden / "images"):
-        shutil.copytree(folder, TARGET / folder.name, copy_function=shutil.copyfile)
-    shutil.copytree(golden / "case_images", TARGET / "case_images", copy_function=shutil.copyfile)
+        copy(folder, TARGET / folder.name)
+    copy(golden / "case_images", TARGET / "case_images")
     for file in ("README.md", "images.json", "manifest.json", "tokenizer/tokenizer.json"):
         shutil.copyfile(golden / file, TARGET / Path(file).name)
     for path in sorted(golden.rglob("*.safetensors")):
         pack(path, TARGET / path.relative_to(golden))
     size = sum(file.stat().st_size for file in TARGET.rglob("*") if file.is_file())
     print(f"{TARGET}: {size / 1e6:.2f} MB")
+
+
+def copy(source: Path, target: Path) -> None:
+    """A folder, over what is there."""
+    shutil.copytree(source, target, copy_function=shutil.copyfile, dirs_exist_ok=True)
 
 
 def pack(source: Path, target: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llama_vision.cache.kv import Cache
+from llama_vision.cache.pruning import PruningError
 from llama_vision.config import LlamaVisionError
 from llama_vision.engine.capture import check_compiler
 from llama_vision.engine.decode import Decoder
@@ -136,7 +137,8 @@ class Engine:
 
         Raises:
             LlamaVisionError: a prompt could not be run, for what its pruner answered, or no slot is
-                ever free for those that wait. Of the others nothing is lost.
+                ever free for those that wait. Of the others nothing is lost; the slot of a prompt
+                that fails is given back, and with it the conversation that it went on from.
         """
         entering = next(filter(self._can_enter, self.waiting), None)
         if entering is not None:
@@ -211,7 +213,15 @@ class Engine:
         return self.cache.text.lengths[after.slot] + len(after.token_ids[-1:])
 
     def _check_budget(self, request: Request) -> None:
-        pruned = request.settings.pruner is not None
+        pruner, visual = request.settings.pruner, self.cache.visual
+        pruned, need = pruner is not None, request.size.decoded(self.config)
+        whole = pruned and not getattr(pruner, "trim_first_layer", True) and visual.fixed
+        if whole and need > visual.capacities[0]:
+            raise PruningError(
+                f"the pruner leaves the first cross-attention layer whole, which needs {need} "
+                f"tokens where its cache holds {visual.capacities[0]}; raise visual_budget, or "
+                "prune with trim_first_layer=True"
+            )
         for budget in (request.settings.visual_budget, *self.visual_budgets):
             load = Workload((request.size,), 1, 1, pruned=pruned, visual_budget=budget)
             load.check_budget(self.config)

@@ -14,7 +14,7 @@ from llama_vision.engine.sampling import Sampling
 from llama_vision.engine.settings import Settings
 from llama_vision.engine.workload import PromptSize
 from llama_vision.inputs.chat import Prompt
-from llama_vision.inputs.tokenizer import TextStream, Tokenizer
+from llama_vision.inputs.tokenizer import TextStream, Tokenizer, needed
 from llama_vision.model.model import LlamaVisionModel
 
 FinishReason = Literal["stop", "length", "interrupted"]
@@ -135,8 +135,8 @@ class Request:
 class TextOfRequest:
     """The text of a request as it grows, in pieces of whole characters."""
 
-    def __init__(self, request: Request, tokenizer: Tokenizer):
-        self.request, self.stream, self.read = request, TextStream(tokenizer), 0
+    def __init__(self, request: Request, tokenizer: Tokenizer | None):
+        self.request, self.stream, self.read = request, TextStream(needed(tokenizer)), 0
 
     def new(self) -> str:
         """What has come since it was last asked; at the end the rest of a broken character too."""

@@ -9,7 +9,7 @@ from llama_vision.cache.visual_tokens import Grid
 from llama_vision.config import Config, SettingError
 from llama_vision.engine.segments import cut_into_segments
 from llama_vision.inputs.chat import Prompt, check_prompt
-from llama_vision.inputs.image import grid_of
+from llama_vision.inputs.image import TiledImage, check_tiles, grid_of
 
 PREFILL_CHUNK = 2048
 """Rows of a prompt that keep a GPU busy; more of them at once would only take more memory."""
@@ -32,6 +32,9 @@ class PromptSize:
         """That of a prompt, which is checked; its pictures are not cut up yet."""
         check_prompt(prompt, config.text.image_token_id)
         side = config.vision.image_size
+        for image in prompt.images:
+            if isinstance(image, TiledImage):
+                check_tiles(image, side, config.vision.max_num_tiles)
         grids = (grid_of(image, side, max_tiles) for image in prompt.images)
         return cls(tuple(prompt.token_ids), tuple(grids))
 

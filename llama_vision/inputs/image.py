@@ -94,6 +94,17 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return image.point(lambda level: level * scale + offset).convert("L")
 
 
+def check_tiles(image: TiledImage, tile_size: int, max_tiles: int) -> None:
+    """Raise ImageError where an image is cut into other tiles than a model has."""
+    rows, cols = image.grid
+    expected = (rows * cols, 3, tile_size, tile_size)
+    if rows * cols > max_tiles or tuple(image.pixels.shape) != expected:
+        raise ImageError(
+            f"an image of {rows} x {cols} tiles has pixels {list(image.pixels.shape)}; "
+            f"expected {list(expected)}, and at most {max_tiles} tiles"
+        )
+
+
 def grid_of(image: Image.Image | TiledImage, tile_size: int, max_tiles: int) -> tuple[int, int]:
     """The (rows, cols) that `tile_image` cuts a picture into."""
     if isinstance(image, TiledImage):

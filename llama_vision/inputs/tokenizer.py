@@ -168,6 +168,20 @@ class Tokenizer:
         return f"<|reserved_special_token_{number - len(SPECIAL_TOKENS) + 2}|>"
 
 
+def needed(tokenizer: Tokenizer | None) -> Tokenizer:
+    """The tokenizer.
+
+    Raises:
+        TokenizerError: the checkpoint came without one.
+    """
+    if tokenizer is None:
+        raise TokenizerError(
+            "this checkpoint has no tokenizer.model or tokenizer.json, and text needs one; "
+            "put the file beside config.json, or pass a Prompt of token ids"
+        )
+    return tokenizer
+
+
 class TextStream:
     """Decodes ids as they come; gives out whole characters only."""
 
