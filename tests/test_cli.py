@@ -28,6 +28,7 @@ TALL = GOLDEN / "images" / "rgb_57x200.png"
 BASE = ("--model", str(TINY), "--device", "cpu", "--temperature", "0", "--ignore-stop")
 SHORT = (*BASE, "--max-new-tokens", "3")
 ASK = (*SHORT, "--prompt", "What is this?")
+SHOW = (*ASK, "--image", str(PICTURE))
 
 
 def answer(capsys, *arguments: str) -> dict:
@@ -51,9 +52,6 @@ def refused(capsys, *arguments: str) -> str:
     return messages[0]
 
 
-# A process of its own
-
-
 def run(*arguments: str, **how) -> subprocess.CompletedProcess:
     """Run generate.py."""
     command = [sys.executable, str(ROOT / "generate.py"), *arguments]
@@ -62,7 +60,7 @@ def run(*arguments: str, **how) -> subprocess.CompletedProcess:
 
 def test_a_picture_and_a_question_end_to_end(tmp_path, tiny):
     """From another directory: text on stdout, then one object, and nothing of it on stderr."""
-    done = run(*ASK, "--image", str(PICTURE), "--json", cwd=tmp_path)
+    done = run(*SHOW, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     *text, report = done.stdout.decode().rsplit("\n", 2)[:2]
     report = json.loads(report)
@@ -76,9 +74,8 @@ def test_a_picture_and_a_question_end_to_end(tmp_path, tiny):
 def talking(*arguments: str, **how) -> subprocess.Popen:
     """generate.py in a process of its own, in the middle of a long answer."""
     command = [sys.executable, "generate.py", *BASE, "--prompt", "Go on", *arguments]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=ROOT, **pipes, **how)
     process.begun = process.stdout.read(20)
     return process
 
@@ -116,32 +113,25 @@ def test_a_mistake_ends_a_process_with_2_and_one_line():
     assert message.startswith("llama-vision: image nowhere.png does not exist; expected a picture")
 
 
-# What it prints
-
-
 FIELDS = {
-    "text": str,
-    "token_ids": list,
-    "prompt_token_ids": list,
-    "logprobs": list,
-    "finish_reason": str,
-    "model": str,
-    "device": str,
-    "dtype": str,
+    str: ("text", "finish_reason", "model", "device", "dtype"),
+    list: ("token_ids", "prompt_token_ids", "logprobs"),
+    float: ("tokens_per_second",),
+}
+SECTIONS = {
     "visual_tokens": {"encoded": int, "valid": int, "kept": int},
     "memory": {"weights": int, "text_cache": int, "visual_cache": int, "peak": int},
     "seconds": {"load": float, "vision": float, "prefill": float, "decode": float},
-    "tokens_per_second": float,
 }
 
 
 def test_json_is_the_last_line_and_says_what_was_done(capsys, tiny):
-    report = answer(capsys, *ASK, "--image", str(PICTURE))
-    for field, kind in FIELDS.items():
-        if isinstance(kind, dict):
-            assert {key: type(value) for key, value in report[field].items()} == kind
-        else:
+    report = answer(capsys, *SHOW)
+    for kind, fields in FIELDS.items():
+        for field in fields:
             assert isinstance(report[field], kind), field
+    for section, kinds in SECTIONS.items():
+        assert {key: type(value) for key, value in report[section].items()} == kinds
     assert (report["model"], report["device"], report["dtype"]) == (str(TINY), "cpu", "float32")
     assert report["finish_reason"] == "length"
     assert len(report["token_ids"]) == len(report["logprobs"]) == 3
@@ -168,13 +158,9 @@ def test_a_chat_is_the_models_own(capsys, tiny):
 
 @pytest.mark.parametrize(
     ("prompt", "ids"),
-    [
-        ("a<|image|>b<|image|>c", [500, 97, 512, 98, 512, 99]),
-        ("abc", [500, 512, 512, 97, 98, 99]),
-    ],
-    ids=["where it says", "else in front"],
+    [("a<|image|>b<|image|>c", [500, 97, 512, 98, 512, 99]), ("abc", [500, 512, 512, 97, 98, 99])],
 )
-def test_raw_places_images(capsys, prompt, ids):
+def test_raw_places_images_where_it_says_else_in_front(capsys, prompt, ids):
     pictures = ("--image", str(PICTURE), "--image", str(TALL))
     report = answer(capsys, *SHORT, "--raw", "--prompt", prompt, *pictures)
     assert report["prompt_token_ids"] == ids
@@ -193,21 +179,13 @@ def test_text_alone_needs_no_image(capsys):
 
 
 @pytest.mark.parametrize(
-    "spelling",
-    [
-        "--max-new-tokens 5",
-        "--max-tokens 5",
-        "--max_new_tokens 5",
-        "--max_tokens=5",
-        "--max-new-tokens=5",
-    ],
+    "name", ["max-new-tokens ", "max-tokens ", "max_new_tokens ", "max_tokens=", "max-new-tokens="]
 )
-def test_spellings_of_the_most_new_tokens(capsys, spelling):
-    report = answer(capsys, *BASE, "--prompt", "a_b --c_d", *spelling.split())
+def test_spellings_of_the_most_new_tokens(capsys, name):
+    report = answer(capsys, *BASE, "--prompt", "a_b --c_d", *f"--{name}5".split())
     assert len(report["token_ids"]) == 5
-    assert bytes(i for i in report["prompt_token_ids"] if i < 256).endswith(
-        b"a_b --c_dassistant\n\n"
-    )
+    text = bytes(i for i in report["prompt_token_ids"] if i < 256)
+    assert text.endswith(b"a_b --c_dassistant\n\n")
 
 
 def test_the_longest_sequence_ends_the_answer(capsys):
@@ -219,12 +197,11 @@ def test_the_longest_sequence_ends_the_answer(capsys):
 
 
 def test_fewer_tiles_on_request(capsys):
-    counts = [
-        answer(capsys, *ASK, "--image", str(PICTURE), "--max-tiles", tiles)["visual_tokens"]
-        for tiles in ("1", "4")
-    ]
-    assert counts[0] == {"encoded": 68, "valid": 17, "kept": 17}
-    assert counts[1]["valid"] > 17
+    one, four = (
+        answer(capsys, *SHOW, "--max-tiles", tiles)["visual_tokens"] for tiles in ("1", "4")
+    )
+    assert one == {"encoded": 68, "valid": 17, "kept": 17}
+    assert four["valid"] > 17
 
 
 def test_a_seed_repeats_and_another_differs(capsys):
@@ -246,8 +223,8 @@ def test_a_stop_token_ends_the_answer_and_is_not_printed(capsys, tiny, tmp_path)
     first = answer(capsys, *ASK)["token_ids"][0]
     directory = Path(shutil.copytree(TINY, tmp_path / "model"))
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": first}))
-    arguments = ("--model", str(directory), "--device", "cpu", "--prompt", "What is this?")
-    report = answer(capsys, *arguments)
+    model = ("--model", str(directory), "--device", "cpu")
+    report = answer(capsys, *model, "--prompt", "What is this?")
     assert report["token_ids"] == [first]
     assert report["finish_reason"] == "stop"
     assert report["text"] == ""
@@ -255,38 +232,29 @@ def test_a_stop_token_ends_the_answer_and_is_not_printed(capsys, tiny, tmp_path)
 
 @pytest.mark.parametrize("option", ["--no-graphs", "--prefill-chunk 3", "--force"])
 def test_an_option_that_changes_no_answer(capsys, option):
-    ids = [
-        answer(capsys, *ASK, "--image", str(PICTURE), *options)["token_ids"]
-        for options in ((), option.split())
-    ]
-    assert ids[0] == ids[1]
+    with_it, without = (answer(capsys, *SHOW, *options) for options in (option.split(), ()))
+    assert with_it["token_ids"] == without["token_ids"]
 
 
 @pytest.mark.parametrize(
     "rule",
     [
-        "--k-ratio 0.1",
-        "--k-ratio 1 --visual-budget 7",
+        *("--k-ratio 0.1", "--k-ratio 1 --visual-budget 7", "--pruner random --keep 9 --seed 3"),
         *(f"--pruner {name} --keep 0.5" for name in PRUNERS),
-        "--pruner random --keep 9 --seed 3",
     ],
 )
 def test_a_rule_of_pruning_on_request(capsys, rule):
-    tokens = answer(capsys, *ASK, "--image", str(PICTURE), *rule.split())["visual_tokens"]
+    tokens = answer(capsys, *SHOW, *rule.split())["visual_tokens"]
     assert 0 < tokens["kept"] < tokens["valid"]
 
 
 def test_text_streams_to_stdout_alone_and_statistics_to_stderr(capsys):
-    ask = (*ASK, "--image", str(PICTURE))
-    assert main([*ask, "--stats"]) == 0
+    assert main([*SHOW, "--stats"]) == 0
     printed = capsys.readouterr()
-    assert printed.out == answer(capsys, *ask)["text"] + "\n"
+    assert printed.out == answer(capsys, *SHOW)["text"] + "\n"
     for words in ("generated 3 (length)", "encoded 68", "planned", "prefill", "cpu, float32"):
         assert words in printed.err
         assert words not in printed.out
-
-
-# Pictures of every kind
 
 
 def gradient(mode: str, size: tuple[int, int] = (40, 30)) -> Image.Image:
@@ -324,9 +292,8 @@ PICTURES = {
 }
 
 
-@pytest.mark.parametrize("kind", PICTURES)
-def test_a_picture_of_any_kind_is_answered(capsys, kind, tmp_path):
-    name, write = PICTURES[kind]
+@pytest.mark.parametrize(("name", "write"), PICTURES.values(), ids=PICTURES)
+def test_a_picture_of_any_kind_is_answered(capsys, name, write, tmp_path):
     write(tmp_path / name)
     report = answer(capsys, *ASK, "--image", str(tmp_path / name))
     assert report["visual_tokens"]["valid"] >= 17
@@ -358,13 +325,9 @@ def test_16_bit_levels_are_divided_by_257(tmp_path):
 )
 def test_levels_are_scaled_by_the_range_that_they_fit_or_have(stored, seen, tmp_path):
     image = Image.new("F" if isinstance(stored[0], float) else "I;16", (4, 1))
-    for x, level in enumerate(stored):
-        image.putpixel((x, 0), level)
+    image.putdata(stored)
     image.save(tmp_path / "levels.tif")
     assert levels(open_image(tmp_path / "levels.tif")) == seen
-
-
-# Mistakes
 
 
 def text(words: str):
@@ -374,18 +337,14 @@ def text(words: str):
 BAD_PICTURES = {
     "missing": (lambda path: None, "does not exist; expected a picture file"),
     "empty": (lambda path: path.write_bytes(b""), "is empty (0 bytes)"),
-    "truncated": (
-        lambda path: path.write_bytes(PICTURE.read_bytes()[:-200]),
-        "is damaged or cut short",
-    ),
+    "cut": (lambda path: path.write_bytes(PICTURE.read_bytes()[:-200]), "is damaged or cut short"),
     "a text": (text("hello"), "is not a picture"),
     "a directory": (lambda path: path.mkdir(), "is a directory"),
 }
 
 
-@pytest.mark.parametrize("kind", BAD_PICTURES)
-def test_a_picture_that_cannot_be_read_is_named(capsys, kind, tmp_path):
-    write, says = BAD_PICTURES[kind]
+@pytest.mark.parametrize(("write", "says"), BAD_PICTURES.values(), ids=BAD_PICTURES)
+def test_a_picture_that_cannot_be_read_is_named(capsys, write, says, tmp_path):
     path = tmp_path / "picture.png"
     write(path)
     message = refused(capsys, *ASK, "--image", str(path))
@@ -409,39 +368,35 @@ def test_places_and_images_must_be_as_many(capsys, places, images):
 
 
 SETTINGS = {
-    "no new tokens": (["--max-new-tokens", "0"], "max_new_tokens is 0; expected 1 or more"),
-    "fewer than none": (["--max-new-tokens=-3"], "max_new_tokens is -3; expected 1 or more"),
-    "tokens no number": (["--max-new-tokens", "many"], "invalid int value: 'many'"),
-    "temperature": (["--temperature", "-1"], "temperature is -1.0; expected 0 (greedy) or"),
-    "temperature infinite": (["--temperature", "inf"], "temperature is inf"),
-    "temperature nan": (["--temperature", "nan"], "temperature is nan"),
-    "top-p of 0": (["--top-p", "0"], "top_p is 0.0; expected more than 0 and at most 1"),
-    "top-p of 2": (["--top-p", "2"], "top_p is 2.0; expected more than 0 and at most 1"),
-    "top-k negative": (["--top-k", "-1"], "top_k is -1; expected 0 (no limit) or more"),
-    "no tiles": (["--max-tiles", "0"], "max_tiles is 0; expected 1 to 4"),
-    "too many tiles": (["--max-tiles", "9"], "max_tiles is 9; expected 1 to 4"),
-    "no length": (["--max-seq-len", "0"], "max_seq_len is 0; expected 1 to 131072"),
-    "longer than the model": (["--max-seq-len", "200000"], "is 200000; expected 1 to 131072"),
-    "unknown device": (["--device", "gpu"], "device 'gpu' is unknown; expected auto, cpu, cuda"),
-    "unknown dtype": (["--dtype", "int4"], "dtype 'int4' is unknown; expected auto, float32"),
-    "unknown option": (["--colour", "red"], "unrecognized arguments: --colour red"),
-    "chunks of nothing": (["--prefill-chunk", "0"], "prefill_chunk is 0; expected 1 or more"),
-    "no budget": (["--visual-budget", "0"], "visual_budget is 0; expected a fraction above 0"),
-    "k-ratio of 0": (["--k-ratio", "0"], "k_ratio is 0.0; expected more than 0 and at most 1"),
-    "keep without rule": (["--keep", "9"], "need each other; give both"),
-    "two rules": (
-        ["--k-ratio", "1", "--pruner", "top-k", "--keep", "9"],
-        "leave out --k-ratio or --pruner",
-    ),
-    "unknown rule": (["--pruner", "best", "--keep", "9"], "invalid choice: 'best'"),
-    "system without chat": (["--raw", "--system", "x"], "--system needs the chat format"),
+    "no new tokens": ("--max-new-tokens 0", "max_new_tokens is 0; expected 1 or more"),
+    "fewer than none": ("--max-new-tokens=-3", "max_new_tokens is -3; expected 1 or more"),
+    "tokens no number": ("--max-new-tokens many", "invalid int value: 'many'"),
+    "temperature": ("--temperature -1", "temperature is -1.0; expected 0 (greedy) or"),
+    "temperature infinite": ("--temperature inf", "temperature is inf"),
+    "temperature nan": ("--temperature nan", "temperature is nan"),
+    "top-p of 0": ("--top-p 0", "top_p is 0.0; expected more than 0 and at most 1"),
+    "top-p of 2": ("--top-p 2", "top_p is 2.0; expected more than 0 and at most 1"),
+    "top-k negative": ("--top-k -1", "top_k is -1; expected 0 (no limit) or more"),
+    "no tiles": ("--max-tiles 0", "max_tiles is 0; expected 1 to 4"),
+    "too many tiles": ("--max-tiles 9", "max_tiles is 9; expected 1 to 4"),
+    "no length": ("--max-seq-len 0", "max_seq_len is 0; expected 1 to 131072"),
+    "longer than the model": ("--max-seq-len 200000", "is 200000; expected 1 to 131072"),
+    "unknown device": ("--device gpu", "device 'gpu' is unknown; expected auto, cpu, cuda"),
+    "unknown dtype": ("--dtype int4", "dtype 'int4' is unknown; expected auto, float32"),
+    "unknown option": ("--colour red", "unrecognized arguments: --colour red"),
+    "chunks of nothing": ("--prefill-chunk 0", "prefill_chunk is 0; expected 1 or more"),
+    "no budget": ("--visual-budget 0", "visual_budget is 0; expected a fraction above 0"),
+    "k-ratio of 0": ("--k-ratio 0", "k_ratio is 0.0; expected more than 0 and at most 1"),
+    "keep without rule": ("--keep 9", "need each other; give both"),
+    "two rules": ("--k-ratio 1 --pruner top-k --keep 9", "leave out --k-ratio or --pruner"),
+    "unknown rule": ("--pruner best --keep 9", "invalid choice: 'best'"),
+    "system without chat": ("--raw --system x", "--system needs the chat format"),
 }
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_a_setting_out_of_range_is_named_with_what_is_expected(capsys, setting):
-    arguments, says = SETTINGS[setting]
-    assert says in refused(capsys, *ASK, *arguments)
+@pytest.mark.parametrize(("arguments", "says"), SETTINGS.values(), ids=SETTINGS)
+def test_a_setting_out_of_range_is_named_with_what_is_expected(capsys, arguments, says):
+    assert says in refused(capsys, *ASK, *arguments.split())
 
 
 def test_a_prompt_is_needed(capsys):
@@ -470,6 +425,10 @@ def damaged(name: str, damage: Callable[[Path], object] = Path.unlink):
     return lambda path: damage(Path(shutil.copytree(TINY, path)) / name)
 
 
+def cut(shard: Path) -> None:
+    shard.write_bytes(shard.read_bytes()[:1000])
+
+
 def misshape(shard: Path) -> None:
     tensors = load_file(shard)
     save_file({**tensors, sorted(tensors)[0]: torch.ones(3)}, shard)
@@ -481,10 +440,7 @@ MODELS = {
     "empty": (lambda path: path.mkdir(), "has no config.json"),
     "without config": (damaged("config.json"), "has no config.json"),
     "without a shard": (damaged(SHARDS[0]), f"lacks 1 of 2 shards: {SHARDS[0]}"),
-    "with a shard cut short": (
-        damaged(SHARDS[1], lambda shard: shard.write_bytes(shard.read_bytes()[:1000])),
-        "is damaged or cut short",
-    ),
+    "with a shard cut short": (damaged(SHARDS[1], cut), "is damaged or cut short"),
     "with a misshapen tensor": (damaged(SHARDS[0], misshape), "1 misshapen: "),
     "with a damaged tokenizer": (
         damaged("tokenizer.model", text("\0\x01damaged")),
@@ -501,12 +457,14 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_a_model_that_cannot_be_loaded_is_told(capsys, kind, tmp_path):
-    write, says = MODELS[kind]
+def refused_model(capsys, model: str | Path) -> str:
+    return refused(capsys, "--model", str(model), "--device", "cpu", "--prompt", "x")
+
+
+@pytest.mark.parametrize(("write", "says"), MODELS.values(), ids=MODELS)
+def test_a_model_that_cannot_be_loaded_is_told(capsys, write, says, tmp_path):
     write(tmp_path / "model")
-    model = ("--model", str(tmp_path / "model"), "--device", "cpu")
-    message = refused(capsys, *model, "--prompt", "x")
+    message = refused_model(capsys, tmp_path / "model")
     assert says in message
     assert re.search(rf"{tmp_path}|in config\.json", message)
 
@@ -514,13 +472,13 @@ def test_a_model_that_cannot_be_loaded_is_told(capsys, kind, tmp_path):
 def test_a_repository_without_network_says_what_to_do(capsys, tmp_path, monkeypatch):
     with StubHub(TINY) as hub:
         hub.use(monkeypatch, tmp_path / "cache")
-    message = refused(capsys, "--model", REPO, "--device", "cpu", "--prompt", "x")
+    message = refused_model(capsys, REPO)
     assert f"{REPO} is not complete in the local cache and cannot be downloaded" in message
     assert "pass a directory" in message
 
 
 def test_a_gated_repository_says_what_to_do(capsys, hub):
     hub.refuse = (403, "GatedRepo")
-    message = refused(capsys, "--model", REPO, "--device", "cpu", "--prompt", "x")
+    message = refused_model(capsys, REPO)
     assert "accept the licence" in message
     assert "HF_TOKEN" in message

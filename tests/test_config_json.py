@@ -1,14 +1,12 @@
-"""config.json: both layouts, and every contradiction by name; generation_config.json."""
+"""The numbers of config.json: both layouts, every contradiction; generation_config.json."""
 
-import copy
 import json
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, golden_json
 
 from llama_vision import LlamaVision
 from llama_vision.checkpoint.config_json import (
@@ -18,6 +16,7 @@ from llama_vision.checkpoint.config_json import (
     read_config,
     read_generation_config,
 )
+from llama_vision.checkpoint.names import official_names
 from llama_vision.config import (
     OFFICIAL_SIZES,
     ConfigError,
@@ -25,8 +24,11 @@ from llama_vision.config import (
     SettingError,
     official_config,
 )
+from llama_vision.model.model import LlamaVisionModel
 
 MISSING = object()
+OFFICIAL = {"11b": (906, 10_670_220_835), "90b": (1_494, 88_593_355_323)}
+DRAWN = {"temperature": 0.6, "top_p": 0.9, "top_k": 5}
 
 
 def tiny_json() -> dict:
@@ -35,9 +37,8 @@ def tiny_json() -> dict:
 
 def edited(path: str, value: object) -> dict:
     """The tiny config.json with one field, such as `text_config.vocab_size`, set or left out."""
-    data = copy.deepcopy(tiny_json())
+    data = section = tiny_json()
     *sections, field = path.split(".")
-    section = data
     for name in sections:
         section = section[name]
     if value is MISSING:
@@ -47,18 +48,11 @@ def edited(path: str, value: object) -> dict:
     return data
 
 
-# Reading
-
-
 def test_the_tiny_checkpoint_is_read_from_its_directory():
-    config = read_config(TINY)
-    data = tiny_json()
-    for ours, theirs in (
-        (config.text, data["text_config"]),
-        (config.vision, data["vision_config"]),
-    ):
-        for field in ("hidden_size", "intermediate_size", "num_hidden_layers"):
-            assert getattr(ours, field) == theirs[field]
+    config, data = read_config(TINY), tiny_json()
+    for field in ("hidden_size", "intermediate_size", "num_hidden_layers"):
+        assert getattr(config.text, field) == data["text_config"][field]
+        assert getattr(config.vision, field) == data["vision_config"][field]
     assert config.text.cross_attention_layers == (3, 8)
     assert config.text.eos_token_ids == (501, 508, 509)
     assert config.text.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 8192)
@@ -66,9 +60,9 @@ def test_the_tiny_checkpoint_is_read_from_its_directory():
     assert config.dtype == torch.float32
 
 
-def newer_layout(data: dict) -> dict:
-    """The same configuration as files are written since `rope_parameters`."""
-    data = copy.deepcopy(data)
+def newer_layout() -> dict:
+    """The tiny config.json as files are written since `rope_parameters`."""
+    data = tiny_json()
     text = data["text_config"]
     text["rope_parameters"] = {**text.pop("rope_scaling"), "rope_theta": text.pop("rope_theta")}
     for section in (data, text, data["vision_config"]):
@@ -78,16 +72,16 @@ def newer_layout(data: dict) -> dict:
 
 
 def test_both_layouts_give_the_same_config():
-    assert config_from_dict(newer_layout(tiny_json())) == config_from_dict(tiny_json())
+    assert config_from_dict(newer_layout()) == config_from_dict(tiny_json())
 
 
-@pytest.mark.parametrize("section", ["", "text_config."], ids=["on top", "in text_config"])
+@pytest.mark.parametrize("section", ["on top", "text_config"])
 @pytest.mark.parametrize("field", ["torch_dtype", "dtype"])
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
 def test_the_published_type_is_found(section, field, name):
     data = edited("torch_dtype", MISSING)
     del data["text_config"]["torch_dtype"]
-    (data["text_config"] if section else data)[field] = name
+    data.get(section, data)[field] = name
     assert config_from_dict(data).dtype == getattr(torch, name)
 
 
@@ -114,54 +108,25 @@ def test_there_may_be_no_taps_and_no_cross_attention(field):
     assert getattr(getattr(config, section.split("_")[0]), field) == ()
 
 
-# Errors
-
-
 TEXT_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "cross_attention_layers",
-    "rms_norm_eps",
-    "rope_theta",
-    "max_position_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-    "hidden_act",
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "cross_attention_layers", "rms_norm_eps"),
+    *("rope_theta", "max_position_embeddings", "bos_token_id", "eos_token_id", "hidden_act"),
+)
+ROPE_FIELDS = (
+    *("rope_type", "factor", "low_freq_factor", "high_freq_factor"),
+    "original_max_position_embeddings",
 )
 VISION_FIELDS = (
-    "hidden_size",
-    "attention_heads",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_global_layers",
-    "intermediate_layers_indices",
-    "image_size",
-    "patch_size",
-    "max_num_tiles",
-    "num_channels",
-    "norm_eps",
-    "hidden_act",
+    *("hidden_size", "attention_heads", "intermediate_size", "num_hidden_layers"),
+    *("num_global_layers", "intermediate_layers_indices", "image_size", "patch_size"),
+    *("max_num_tiles", "num_channels", "norm_eps", "hidden_act"),
 )
 NEEDED = (
-    "model_type",
-    "text_config",
-    "vision_config",
+    *("model_type", "text_config", "vision_config"),
     *(f"text_config.{field}" for field in TEXT_FIELDS),
+    *(f"text_config.rope_scaling.{field}" for field in ROPE_FIELDS),
     *(f"vision_config.{field}" for field in VISION_FIELDS),
-    *(
-        f"text_config.rope_scaling.{field}"
-        for field in (
-            "rope_type",
-            "factor",
-            "low_freq_factor",
-            "high_freq_factor",
-            "original_max_position_embeddings",
-        )
-    ),
 )
 
 
@@ -175,7 +140,7 @@ def test_a_missing_field_is_named(path):
     "field", ["rope_type", "rope_theta", "factor", "original_max_position_embeddings"]
 )
 def test_a_missing_field_of_the_newer_layout_is_named(field):
-    data = newer_layout(tiny_json())
+    data = newer_layout()
     del data["text_config"]["rope_parameters"][field]
     with pytest.raises(ConfigError, match=rf"text_config\.rope_parameters\.{field} is missing"):
         config_from_dict(data)
@@ -188,51 +153,46 @@ def test_a_missing_type_is_named():
         config_from_dict(data)
 
 
-CONTRADICTIONS = {
-    "another architecture": ("model_type", "llava", "'mllama'"),
-    "image token": ("image_token_index", 511, "vocab_size = 512"),
-    "published type": ("torch_dtype", "int8", "one of float32, bfloat16, float16"),
-    "type of another kind": ("torch_dtype", [], "one of float32, bfloat16, float16"),
-    "section of another kind": ("text_config", [], "an object"),
-    "text activation": ("text_config.hidden_act", "gelu", "'silu'"),
-    "vision activation": ("vision_config.hidden_act", "quick_gelu", "'gelu'"),
-    "tied embeddings": ("text_config.tie_word_embeddings", True, "false"),
-    "rope type": ("text_config.rope_scaling.rope_type", "yarn", "'llama3'"),
-    "rope factors": ("text_config.rope_scaling.high_freq_factor", 1.0, "more than low_freq_factor"),
-    "negative rope base": ("text_config.rope_theta", -1.0, "a positive number"),
-    "norm of zero": ("text_config.rms_norm_eps", 0, "a positive number"),
-    "a text for a number": ("vision_config.norm_eps", "1e-5", "a positive number"),
-    "a truth for a number": ("text_config.vocab_size", True, "an integer"),
-    "a fraction": ("text_config.hidden_size", 64.5, "an integer from 1"),
-    "no blocks": ("text_config.num_hidden_layers", 0, "an integer from 1"),
-    "absurd tiles": ("vision_config.max_num_tiles", 10**9, "an integer from 1 to 1024"),
-    "text heads": ("text_config.num_attention_heads", 5, "a divisor of text_config.hidden_size"),
-    "odd head width": ("text_config.num_attention_heads", 64, "an even width per head"),
-    "key/value heads": (
-        "text_config.num_key_value_heads",
-        3,
-        "a divisor of text_config.num_attention_heads = 4",
-    ),
-    "vision heads": ("vision_config.attention_heads", 7, "a divisor of vision_config.hidden_size"),
-    "patches": ("vision_config.patch_size", 13, "a divisor of vision_config.image_size = 56"),
-    "channels": ("vision_config.num_channels", 4, "3, the only one supported"),
-    "width of features": ("vision_config.vision_output_dim", 300, "= 256"),
-    "grids": ("vision_config.supported_aspect_ratios", [[1, 1]], "[1, 2]"),
-    "tap out of range": ("vision_config.intermediate_layers_indices", [1, 99], "from 0 to"),
-    "taps unsorted": ("vision_config.intermediate_layers_indices", [3, 1], "ascending"),
-    "tap twice": ("vision_config.intermediate_layers_indices", [1, 1], "each once"),
-    "cross block out of range": ("text_config.cross_attention_layers", [10], "from 0 to 9"),
-    "cross block negative": ("text_config.cross_attention_layers", [-1], "from 0 to 9"),
-    "cross blocks unsorted": ("text_config.cross_attention_layers", [8, 3], "ascending"),
-    "cross blocks no list": ("text_config.cross_attention_layers", 3, "a list"),
-    "stop tokens": ("text_config.eos_token_id", [1, -2], "a token id, or a list"),
-    "no stop tokens": ("text_config.eos_token_id", [], "a token id, or a list"),
-}
-
-
-@pytest.mark.parametrize("contradiction", CONTRADICTIONS)
-def test_a_contradiction_names_field_value_and_what_is_expected(contradiction):
-    path, value, expected = CONTRADICTIONS[contradiction]
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        ("model_type", "llava", "'mllama'"),
+        ("image_token_index", 511, "vocab_size = 512"),
+        ("torch_dtype", "int8", "one of float32, bfloat16, float16"),
+        ("torch_dtype", [], "one of float32, bfloat16, float16"),
+        ("text_config", [], "an object"),
+        ("text_config.hidden_act", "gelu", "'silu'"),
+        ("vision_config.hidden_act", "quick_gelu", "'gelu'"),
+        ("text_config.tie_word_embeddings", True, "false"),
+        ("text_config.rope_scaling.rope_type", "yarn", "'llama3'"),
+        ("text_config.rope_scaling.high_freq_factor", 1.0, "more than low_freq_factor"),
+        ("text_config.rope_theta", -1.0, "a positive number"),
+        ("text_config.rms_norm_eps", 0, "a positive number"),
+        ("vision_config.norm_eps", "1e-5", "a positive number"),
+        ("text_config.vocab_size", True, "an integer"),
+        ("text_config.hidden_size", 64.5, "an integer from 1"),
+        ("text_config.num_hidden_layers", 0, "an integer from 1"),
+        ("vision_config.max_num_tiles", 10**9, "an integer from 1 to 1024"),
+        ("text_config.num_attention_heads", 5, "a divisor of text_config.hidden_size"),
+        ("text_config.num_attention_heads", 64, "an even width per head"),
+        ("text_config.num_key_value_heads", 3, "a divisor of text_config.num_attention_heads = 4"),
+        ("vision_config.attention_heads", 7, "a divisor of vision_config.hidden_size"),
+        ("vision_config.patch_size", 13, "a divisor of vision_config.image_size = 56"),
+        ("vision_config.num_channels", 4, "3, the only one supported"),
+        ("vision_config.vision_output_dim", 300, "= 256"),
+        ("vision_config.supported_aspect_ratios", [[1, 1]], "[1, 2]"),
+        ("vision_config.intermediate_layers_indices", [1, 99], "from 0 to"),
+        ("vision_config.intermediate_layers_indices", [3, 1], "ascending"),
+        ("vision_config.intermediate_layers_indices", [1, 1], "each once"),
+        ("text_config.cross_attention_layers", [10], "from 0 to 9"),
+        ("text_config.cross_attention_layers", [-1], "from 0 to 9"),
+        ("text_config.cross_attention_layers", [8, 3], "ascending"),
+        ("text_config.cross_attention_layers", 3, "a list"),
+        ("text_config.eos_token_id", [1, -2], "a token id, or a list"),
+        ("text_config.eos_token_id", [], "a token id, or a list"),
+    ],
+)
+def test_a_contradiction_names_field_value_and_what_is_expected(path, value, expected):
     with pytest.raises(ConfigError) as error:
         config_from_dict(edited(path, value))
     message = str(error.value)
@@ -249,7 +209,6 @@ def test_a_contradiction_names_field_value_and_what_is_expected(contradiction):
         ('{"model_type": ', "cannot be read as JSON"),
         ("[]", "holds a list, expected a JSON object"),
     ],
-    ids=["absent", "empty", "cut short", "a list"],
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path, text, says):
     if text is not None:
@@ -262,33 +221,55 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, text, says):
 @pytest.mark.parametrize("path", NEEDED)
 @pytest.mark.parametrize("value", [None, "x", -1, 10**30, [], {}, [[1]], float("nan")], ids=repr)
 def test_no_value_of_any_field_escapes_as_another_error(path, value):
-    complaint = complaint_about(edited(path, value))
-    assert complaint is None or path.rpartition(".")[2] in complaint
-
-
-def complaint_about(data: dict) -> str | None:
+    complaint = path  # unless there is one
     try:
-        config_from_dict(data)
+        config_from_dict(edited(path, value))
     except ConfigError as error:
-        return str(error)
-    return None
+        complaint = str(error)
+    assert path.rpartition(".")[2] in complaint
 
 
-@pytest.mark.parametrize(
-    "config",
-    [read_config(TINY), *map(official_config, OFFICIAL_SIZES)],
-    ids=["tiny", *OFFICIAL_SIZES],
-)
-def test_what_is_written_is_read_back(config):
+@pytest.mark.parametrize("name", ["tiny", *OFFICIAL_SIZES])
+def test_what_is_written_is_read_back(name):
+    config = read_config(TINY) if name == "tiny" else official_config(name)
     assert config_from_dict(config_to_dict(config)) == config
 
 
-# generation_config.json
+@pytest.fixture(scope="module", params=OFFICIAL)
+def official(request):
+    """The name of a published model, and its parameters on the meta device by official name."""
+    with torch.device("meta"):
+        model = LlamaVisionModel(official_config(request.param))
+    parameters = dict(model.named_parameters())
+    names = official_names(list(parameters))
+    return request.param, {theirs: parameters[ours] for theirs, ours in names.items()}
 
 
-def defaults_of(directory: Path, text: str) -> GenerationDefaults:
-    (directory / "generation_config.json").write_text(text)
-    return read_generation_config(directory)
+def test_official_counts(official):
+    name, parameters = official
+    assert (len(parameters), sum(p.numel() for p in parameters.values())) == OFFICIAL[name]
+
+
+def test_official_names_and_shapes(official):
+    name, parameters = official
+    published = golden_json(f"official/{name}")
+    assert {tensor: list(p.shape) for tensor, p in parameters.items()} == published
+
+
+def test_an_unknown_official_name_is_told():
+    with pytest.raises(ConfigError, match=r"no official model is called '8b'; there are 11b, 90b"):
+        official_config("8b")
+
+
+def test_what_follows_from_the_numbers():
+    config = read_config(TINY)
+    assert config.text.head_dim == 16
+    assert config.text.num_self_attention_layers == 8
+    assert config.text.image_token_id == 512
+    assert config.vision.patches_per_side == 4
+    assert config.vision.tokens_per_tile == 17
+    assert config.vision.feature_size == 64 * (1 + 3)
+    assert [config.vision.aspect_id(grid) for grid in config.vision.grids] == list(range(1, 9))
 
 
 def test_without_a_file_answers_are_greedy(tmp_path):
@@ -302,27 +283,23 @@ def test_without_a_file_answers_are_greedy(tmp_path):
         ({"eos_token_id": 7}, GenerationDefaults(stop_ids=(7,))),
         ({"eos_token_id": [7, 9]}, GenerationDefaults(stop_ids=(7, 9))),
         ({"eos_token_id": None}, GenerationDefaults()),
-        ({"temperature": 0.6, "top_p": 0.9, "top_k": 5}, GenerationDefaults()),
+        (DRAWN, GenerationDefaults()),
         ({"do_sample": False, "temperature": -1}, GenerationDefaults()),
         ({"do_sample": True}, GenerationDefaults(temperature=1.0)),
         ({"do_sample": True, "top_k": None}, GenerationDefaults(temperature=1.0)),
-        (
-            {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 5, "eos_token_id": [3]},
-            GenerationDefaults(0.6, 0.9, 5, (3,)),
-        ),
+        ({"do_sample": True, **DRAWN, "eos_token_id": [3]}, GenerationDefaults(0.6, 0.9, 5, (3,))),
     ],
     ids=str,
 )
 def test_random_draws_are_those_that_the_file_asks_for(tmp_path, data, expected):
-    assert defaults_of(tmp_path, json.dumps(data)) == expected
+    (tmp_path / "generation_config.json").write_text(json.dumps(data))
+    assert read_generation_config(tmp_path) == expected
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "",
-        "{",
-        "[]",
+        *("", "{", "[]"),
         '{"do_sample": true, "temperature": "warm"}',
         '{"do_sample": true, "temperature": -0.1}',
         '{"do_sample": true, "temperature": Infinity}',

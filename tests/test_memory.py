@@ -23,9 +23,6 @@ DRAWN = {"temperature": 1.0, "top_p": 0.9, "seed": 1, "ignore_stop": True}
 """As planned for: drawing takes the most."""
 
 
-# A run, to the byte
-
-
 def random_run(seed):
     """A random model, prompts with random pictures, and settings: what `start` takes."""
     draw, config = random.Random(seed), random_config(seed)
@@ -44,7 +41,14 @@ def random_run(seed):
     return LlamaVision(model), prompts, settings
 
 
-def assert_as_planned(plan, model, engine):
+def run(model, prompts, **settings):
+    """The engine after a run whose memory was tracked."""
+    engine, requests = model.start(prompts, track_memory=True, **settings, **DRAWN)
+    engine.run(*requests)
+    return engine
+
+
+def assert_as_planned(model, engine):
     """To the byte, but for what is planned and not always taken.
 
     Of a pruner, room for as many tokens as it may keep. While prompts wait, the inputs of a step
@@ -53,6 +57,7 @@ def assert_as_planned(plan, model, engine):
     logits once more.
     """
     load, cache, text = engine.workload, engine.cache, model.config.text
+    plan = plan_run(model.config, load, dtype=model.model.dtype, device="cpu")
     assert plan.weights == sum(p.nbytes for p in model.model.parameters())
     assert (plan.text_cache, plan.visual_cache) == (cache.text.nbytes, cache.visual.nbytes)
     stays, capacities = plan.weights + cache.nbytes, cache.visual.capacities
@@ -70,16 +75,14 @@ def assert_as_planned(plan, model, engine):
     for phase, peak in engine.ledger.peaks.items():
         assert 0 <= stays + plan.phases[phase] - peak <= slack[phase], phase
     assert engine.ledger.peaks.keys() == {phase for phase, size in plan.phases.items() if size}
+    return plan
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_a_random_run_takes_what_was_planned(seed):
     """Random types, batches, slots, tiles, images, budgets, chunks and lengths."""
     model, prompts, settings = random_run(seed)
-    engine, requests = model.start(prompts, track_memory=True, **settings, **DRAWN)
-    engine.run(*requests)
-    plan = plan_run(model.config, engine.workload, dtype=model.model.dtype, device="cpu")
-    assert_as_planned(plan, model, engine)
+    assert_as_planned(model, run(model, prompts, **settings))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -96,9 +99,8 @@ def test_the_peak_of_the_embedded_model_is_planned(batch, tiles, dtype):
     prompts = [Prompt(ids, [Image.new("RGB", (side, side))])] * batch
     model.generate(prompts[0], max_new_tokens=1)  # what is done once in a process
     engine, requests = model.start(prompts, max_new_tokens=4, track_memory=True, **DRAWN)
-    plan = plan_run(model.config, engine.workload, dtype=dtype, device="cpu")
     live = live_bytes(lambda: engine.run(*requests))
-    assert_as_planned(plan, model, engine)
+    plan = assert_as_planned(model, engine)
     assert engine.ledger.peak == plan.total <= plan.weights + engine.cache.nbytes + max(live)
 
 
@@ -108,10 +110,9 @@ def test_the_official_models_take_what_was_planned(name, budget):
     config = official_config(name)
     load = workload_alike(config, batch=3, images=2, max_seq_len=500, visual_budget=budget)
     plan = plan_run(config, load, dtype=torch.bfloat16, device="cuda")
-    model = model_without_weights(config).to(torch.bfloat16)
     sizes = load.cache_sizes(config)
     cache = Cache(config.text, dtype=torch.bfloat16, device="meta", **sizes)
-    assert plan.weights == sum(p.nbytes for p in model.parameters())
+    assert plan.weights == sum(2 * p.numel() for p in model_without_weights(config).parameters())
     assert (plan.text_cache, plan.visual_cache) == (cache.text.nbytes, cache.visual.nbytes)
     assert sizes["visual_capacity"] == (2 * 4 * 1601 if budget is None else 1601 * 4)
     assert plan.weights == 2 * {"11b": 10_670_220_835, "90b": 88_593_355_323}[name]
@@ -129,13 +130,8 @@ def test_the_parts_are_those_of_the_model():
 def test_without_a_budget_the_plan_is_the_most_that_a_pruner_can_leave(tiny, k_ratio, equal):
     prompts, settings = case_prompts("image_first"), {"pruner": TrimmedLlama(k_ratio)}
     plan = tiny.plan(prompts, **settings)
-    engine, requests = tiny.start(prompts, max_new_tokens=3, **settings, **DRAWN)
-    engine.run(*requests)
-    taken = engine.cache.visual.nbytes
+    taken = run(tiny, prompts, max_new_tokens=3, **settings).cache.visual.nbytes
     assert taken == plan.visual_cache if equal else taken < plan.visual_cache
-
-
-# What working memory depends on
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -172,19 +168,14 @@ def test_a_shallow_model_has_the_peaks_of_the_whole(seed, device):
     """Deeper than the random ones, so that something is left out."""
     config = random_config(seed)
     text = replace(config.text, num_hidden_layers=14, cross_attention_layers=(2, 5, 6, 10))
-    vision = replace(
-        config.vision,
-        num_hidden_layers=9,
-        num_global_layers=3,
-        intermediate_layers_indices=(0, 3, 7)[: seed % 4],
-    )
+    depths = {"num_hidden_layers": 9, "num_global_layers": 3}
+    vision = replace(config.vision, **depths, intermediate_layers_indices=(0, 3, 7)[: seed % 4])
     config = replace(config, text=text, vision=vision)
     small = shallow(config)
     assert small.text.num_hidden_layers == 5
     assert small.vision.num_hidden_layers == max(2, 1 + seed % 4)
-    budget, chunk = [None, 0.5][seed % 2], [2048, 16][seed % 3 == 0]
-    sizes = {"batch": 2, "images": 2, "max_seq_len": 40}
-    load = workload_alike(config, visual_budget=budget, prefill_chunk=chunk, **sizes)
+    sizes = {"batch": 2, "images": 2, "max_seq_len": 40, "prefill_chunk": [2048, 16][seed % 3 == 0]}
+    load = workload_alike(config, visual_budget=[None, 0.5][seed % 2], **sizes)
     of_small, of_whole = (working_memory(c, load, torch.float32, device) for c in (small, config))
     assert of_small == of_whole
 
@@ -204,26 +195,20 @@ def test_the_memory_of_images_beyond_their_features_does_not_grow():
     assert vision_peak(16, "cuda") - 16 * features == vision_peak(4, "cuda") - 4 * features
 
 
-def prefill_growth(config, prefill_chunk, budget=None):
-    """Bytes of temporary tensors in prefill for each token more of the prompt."""
-    sizes = {"max_seq_len": 8192, "visual_budget": budget, "prefill_chunk": prefill_chunk}
-    few, many = (
-        plan_memory(config, prompt_tokens=tokens, device="cuda", **sizes).phases["prefill"]
-        for tokens in (4000, 8000)
-    )
-    return (many - few) / 4000
+def prefill_growth(**sizes):
+    """Bytes of temporary tensors in the 11B's prefill for each token more of the prompt."""
+    sizes |= {"max_seq_len": 8192, "device": "cuda"}
+    few, many = (plan_memory("11b", prompt_tokens=tokens, **sizes) for tokens in (4000, 8000))
+    return (many.phases["prefill"] - few.phases["prefill"]) / 4000
 
 
-@pytest.mark.parametrize("budget", [None, 0.5], ids=["all", "pruned"])
+@pytest.mark.parametrize("budget", [None, 0.5])
 def test_a_long_prompt_in_chunks_takes_its_hidden_states_and_little_else(budget):
     """A row of D numbers a token, its id, and its column of a mask while the next is made."""
-    config, rows = official_config("11b"), 64
-    hidden = 2 * config.text.hidden_size
-    assert hidden <= prefill_growth(config, rows, budget) <= hidden + 2 * (8 + rows)
-    assert prefill_growth(config, 8192, budget) > 10 * hidden
-
-
-# The counter
+    hidden, rows = 2 * official_config("11b").text.hidden_size, 64
+    growth = prefill_growth(prefill_chunk=rows, visual_budget=budget)
+    assert hidden <= growth <= hidden + 2 * (8 + rows)
+    assert prefill_growth(prefill_chunk=8192, visual_budget=budget) > 10 * hidden
 
 
 def test_the_tracker_counts_what_is_alive():
@@ -255,9 +240,6 @@ def test_tracking_memory_changes_no_answer(tiny):
     tracked, plain = engine.run(*requests), tiny.generate(prompts, **settings)
     assert [c.token_ids for c in tracked] == [c.token_ids for c in plain]
     assert tiny.start(prompts)[0].ledger is None
-
-
-# Workloads
 
 
 def test_the_plan_of_prompts_is_that_of_their_run(tiny):

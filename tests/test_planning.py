@@ -22,9 +22,10 @@ from llama_vision.memory.plan import plan_run
 
 ROOT = Path(__file__).parent.parent
 PICTURE = TINY.parent / "images" / "big_320x200.png"
-
-
-# plan_memory
+MODEL = ("--model", str(TINY), "--device", "cpu")
+CONFIG = read_config(TINY)
+HOW = {"dtype": torch.float32, "device": torch.device("cuda")}
+ASK = (*MODEL, "--image", str(PICTURE), "--prompt", "Why?")
 
 
 def test_a_plan_needs_a_name_alone():
@@ -34,9 +35,8 @@ def test_a_plan_needs_a_name_alone():
     assert by_name.weights == 21_340_441_670
     assert by_name.text_cache == 2 * 4096 * 128 * 2**10
     assert by_name.visual_cache == 2 * 3 * 6404 * 32 * 2**10
-    assert by_name.total == (
-        by_name.weights + by_name.text_cache + by_name.visual_cache + by_name.working
-    )
+    caches = by_name.text_cache + by_name.visual_cache
+    assert by_name.total == by_name.weights + caches + by_name.working
     assert all(type(size) is int for size in by_name.to_dict()["phases"].values())
 
 
@@ -70,40 +70,28 @@ def test_a_repository_that_cannot_be_had_is_told(hub):
 
 
 @pytest.mark.parametrize(
-    "sizes",
+    ("name", "value"),
     [
-        {"batch": 0},
-        {"images": -1},
-        {"images": 2048},
-        {"tiles": 5},
-        {"max_seq_len": 1},
-        {"max_seq_len": 10**6},
-        {"prompt_tokens": 3000},
-        {"prefill_chunk": 0},
+        *(("batch", 0), ("images", -1), ("images", 2048), ("tiles", 5), ("max_seq_len", 1)),
+        *(("max_seq_len", 10**6), ("prompt_tokens", 3000), ("prefill_chunk", 0)),
     ],
-    ids=str,
 )
-def test_a_size_out_of_range_is_told(sizes):
-    ((name, value),) = sizes.items()
+def test_a_size_out_of_range_is_told(name, value):
     with pytest.raises(SettingError, match=f"{name} is {value}; expected"):
-        plan_memory("11b", **sizes)
-
-
-# The other way round
+        plan_memory("11b", **{name: value})
 
 
 @pytest.mark.parametrize("budget", [None, 0.25])
 @pytest.mark.parametrize("extra", [1.2, 1.5, 4.0])
 def test_the_largest_settings_fit_and_the_next_do_not(extra, budget):
-    config, how = read_config(TINY), {"dtype": torch.float32, "device": torch.device("cuda")}
-    load = workload_alike(config, images=2, max_seq_len=200, visual_budget=budget)
-    room = int(plan_run(config, load, **how).total * extra)
-    found = largest_settings(config, load, room=room, **how)
+    load = workload_alike(CONFIG, images=2, max_seq_len=200, visual_budget=budget)
+    room = int(plan_run(CONFIG, load, **HOW).total * extra)
+    found = largest_settings(CONFIG, load, room=room, **HOW)
 
     def fits(name, number):
         more = number - 2 if name == "images" else 0  # behind which the text stays as long
         sizes = {"images": 2, "max_seq_len": 200 + more, "visual_budget": budget, name: number}
-        return plan_memory(config, **sizes, **how).total <= room
+        return plan_memory(CONFIG, **sizes, **HOW).total <= room
 
     for name in ("batch", "images", "max_seq_len", "visual_budget"):
         number = found[name]["largest"]
@@ -111,14 +99,11 @@ def test_the_largest_settings_fit_and_the_next_do_not(extra, budget):
         assert found[name]["all"] or not fits(name, number + 1), name
 
 
-def test_where_the_weights_do_not_fit_nothing_does(tiny):
-    how = {"dtype": torch.float32, "device": torch.device("cuda"), "room": 2**21}
-    found = largest_settings(tiny.config, workload_alike(tiny.config, max_seq_len=100), **how)
+def test_where_the_weights_do_not_fit_nothing_does():
+    load = workload_alike(CONFIG, max_seq_len=100)
+    found = largest_settings(CONFIG, load, room=2**21, **HOW)
     assert {found[name]["largest"] for name in ("batch", "images", "max_seq_len")} == {0}
     assert found["instead"].startswith("--dtype bfloat16 (1.8 MiB) or a device with 3.6 MiB")
-
-
-# The command
 
 
 def printed(capsys, *arguments):
@@ -126,11 +111,13 @@ def printed(capsys, *arguments):
     return capsys.readouterr().out
 
 
+def printed_json(capsys, *arguments):
+    return json.loads(printed(capsys, *arguments, "--json").splitlines()[-1])
+
+
 def test_the_plan_of_a_run_is_what_its_statistics_confirm(capsys):
-    ask = ("--model", str(TINY), "--device", "cpu", "--image", str(PICTURE), "--prompt", "Why?")
-    ask += ("--max-new-tokens", "5", "--k-ratio", "0.5", "--visual-budget", "20", "--json")
-    plan = json.loads(printed(capsys, *ask, "--plan").splitlines()[-1])
-    run = json.loads(printed(capsys, *ask, "--ignore-stop").splitlines()[-1])
+    ask = (*ASK, "--max-new-tokens", "5", "--k-ratio", "0.5", "--visual-budget", "20")
+    plan, run = (printed_json(capsys, *ask, option) for option in ("--plan", "--ignore-stop"))
     for part in ("weights", "text_cache", "visual_cache"):
         assert plan[part] == run["memory"][part] == run["ledger"]["planned"][part]
     assert plan["total"] == run["ledger"]["planned"]["total"] == run["memory"]["peak"]
@@ -162,7 +149,7 @@ def test_a_plan_shows_exact_bytes_and_reads_no_weights(capsys, monkeypatch, argu
 
 
 def test_what_fits_is_a_small_table(capsys):
-    ask = ("--model", str(TINY), "--device", "cpu", "--max-seq-len", "100", "--fit")
+    ask = (*MODEL, "--max-seq-len", "100", "--fit")
     table = printed(capsys, *ask, "5MB")
     assert "into 4.8 MiB fit, each with the rest as it is:" in table
     assert re.search(r"prompts at once +\d+\n +images a prompt +\d+ +--image, repeated\n", table)
@@ -172,8 +159,7 @@ def test_what_fits_is_a_small_table(capsys):
 
 def test_what_fits_into_what_is_free(capsys, monkeypatch):
     monkeypatch.setattr("llama_vision.cli.reports.known_free_memory", lambda _: 5 * 10**6)
-    ask = ("--model", str(TINY), "--device", "cpu", "--max-seq-len", "100", "--fit", "--json")
-    data = json.loads(printed(capsys, *ask).splitlines()[-1])
+    data = printed_json(capsys, *MODEL, "--max-seq-len", "100", "--fit")
     assert data["free"] == data["room"] == 5 * 10**6
     assert data["fit"]["batch"]["largest"] >= 1
 
@@ -181,17 +167,17 @@ def test_what_fits_into_what_is_free(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--fit", "lots"], "'lots' is no size; expected one such as 24GiB"),
-        (["--fit", "--device", "cuda"], "is unknown; give a size: --fit 24GiB"),
-        (["--plan", "--max-tiles", "9"], "tiles is 9; expected 1 to 4"),
-        (["--plan", "--model", "12b"], "12b does not exist"),
-        (["--plan", "--visual-budget", "2.0"], "visual_budget is 2.0; expected a fraction"),
-        (["--plan", "--device", "abacus"], "device 'abacus' is unknown"),
+        ("--fit lots", "'lots' is no size; expected one such as 24GiB"),
+        ("--fit --device cuda", "is unknown; give a size: --fit 24GiB"),
+        ("--plan --max-tiles 9", "tiles is 9; expected 1 to 4"),
+        ("--plan --model 12b", "12b does not exist"),
+        ("--plan --visual-budget 2.0", "visual_budget is 2.0; expected a fraction"),
+        ("--plan --device abacus", "device 'abacus' is unknown"),
     ],
 )
 def test_a_mistake_in_a_plan_is_one_line(capsys, monkeypatch, arguments, words):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["--model", "11b", *arguments]) == 2
+    assert main(["--model", "11b", *arguments.split()]) == 2
     captured = capsys.readouterr()
     assert words in captured.err
     assert captured.err.count("\n") == 1
@@ -201,24 +187,20 @@ def test_a_mistake_in_a_plan_is_one_line(capsys, monkeypatch, arguments, words):
 def test_a_run_that_does_not_fit_is_refused_before_its_weights_are_read(capsys, monkeypatch):
     monkeypatch.setattr("llama_vision.memory.fit.free_memory", lambda _: 6 * 10**6)
     monkeypatch.setattr("llama_vision.api.load_model", lambda *_, **__: pytest.fail("read"))
-    ask = ["--model", str(TINY), "--device", "cpu", "--image", str(PICTURE), "--prompt", "Why?"]
-    assert main([*ask, "--max-new-tokens", "9000"]) == 2
+    assert main([*ASK, "--max-new-tokens", "9000"]) == 2
     message = capsys.readouterr().err
     assert "the run takes" in message
     (length,) = re.findall(r"--max-seq-len (\d+)", message)
     monkeypatch.undo()
     monkeypatch.setattr("llama_vision.memory.fit.free_memory", lambda _: 6 * 10**6)
-    assert main([*ask, "--max-new-tokens", "3", "--max-seq-len", length]) == 0
+    assert main([*ASK, "--max-new-tokens", "3", "--max-seq-len", length]) == 0
 
 
 def test_force_runs_it_all_the_same(capsys, monkeypatch):
     monkeypatch.setattr("llama_vision.memory.fit.free_memory", lambda _: 1)
-    ask = ["--model", str(TINY), "--device", "cpu", "--prompt", "Why?", "--max-new-tokens", "2"]
+    ask = [*MODEL, "--prompt", "Why?", "--max-new-tokens", "2"]
     assert main(ask) == 2
     assert main([*ask, "--force"]) == 0
-
-
-# tools/plan_memory.py
 
 
 def run_tool(*arguments):

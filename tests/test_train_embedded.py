@@ -42,15 +42,6 @@ MINIMAL = Sources.minimal()
 WHITE = Background((255, 255, 255), (255, 255, 255), "white")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """As the recipe runs: more threads only wait for each other on matrices this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def chat(tmp_path_factory) -> Chat:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
@@ -77,13 +68,9 @@ def labels_of(scene: Scene) -> dict[str, np.ndarray]:
     return dict(zip(LABELS, label_patches(scene, 112, 14), strict=True))
 
 
-# --- pictures -----------------------------------------------------------------------------------
-
-
 def test_a_batch_hangs_on_its_number_and_seed_alone():
     pages = Pages(MINIMAL, "a", 3)
-    again = Pages(MINIMAL, "a", 3)
-    first, second = pages[5], again[5]
+    first, second = pages[5], Pages(MINIMAL, "a", 3)[5]
     assert torch.equal(first.pixels, second.pixels)
     assert torch.equal(first.labels, second.labels)
     assert not torch.equal(first.pixels, pages[6].pixels)
@@ -111,8 +98,7 @@ def test_colors_are_unmistakable():
 
 
 def test_labels_of_a_shape():
-    scene = a_scene(shapes=[a_shape("star", "red", (70, 0, 112, 42))])
-    labels = labels_of(scene)
+    labels = labels_of(a_scene(shapes=[a_shape("star", "red", (70, 0, 112, 42))]))
     star = np.zeros((8, 8), bool)
     star[0:3, 5:8] = True
     assert np.array_equal(labels["shape"].reshape(8, 8) > 0, star)
@@ -128,8 +114,7 @@ def test_labels_follow_the_printed_characters():
     scene = a_scene(size=(224, 112), lines=[a_line("Hi 42", (20, 60), size=48)])
     labels = labels_of(scene)
     halves = np.stack([labels["left_char"], labels["right_char"]], -1)  # [2, 64, 2]
-    rows = halves.reshape(2, 8, 8, 2).transpose(1, 0, 2, 3).reshape(8, 32)
-    middle = rows[3]
+    middle = halves.reshape(2, 8, 8, 2).transpose(1, 0, 2, 3).reshape(8, 32)[3]
     read = [CHARACTERS[c - 1] for i, c in enumerate(middle) if c and c != middle[i - 1]]
     assert "".join(read) == "Hi42"
     grey = np.asarray(draw(scene).convert("L"))
@@ -138,9 +123,6 @@ def test_labels_follow_the_printed_characters():
         assert grey[top:bottom, left:right].min() < 64, glyph
     places = [(g.char, g.place_in_word, g.word) for g in glyphs_of(scene)]
     assert places == [("H", 0, 0), ("i", 1, 0), ("4", 0, 1), ("2", 1, 1)]
-
-
-# --- questions ----------------------------------------------------------------------------------
 
 
 def answers(scene: Scene, kind: str) -> dict[str, str]:
@@ -171,17 +153,15 @@ def test_answers_are_read_off_the_scene():
 
 def test_what_is_not_there_is_said_not_to_be():
     scene = a_scene(shapes=[a_shape("circle", "red", (5, 40, 30, 65))])
-    color = answers(scene, "color")
-    assert color["What color is the star?"] == "There is no star."
+    assert answers(scene, "color")["What color is the star?"] == "There is no star."
     assert answers(scene, "text")["What does the text say?"] == "There is no text."
 
 
 def test_doubtful_questions_are_not_asked():
     near_a_third = a_shape("circle", "red", (27, 40, 47, 60))
     assert place_of(a_scene(), near_a_third) is None
-    two = [a_shape("star", c, (x, 5, x + 20, 25)) for c, x in (("red", 5), ("blue", 80))]
-    scene = a_scene(shapes=two)
-    assert not any("the star" in text for text in answers(scene, "color"))
+    two = [a_shape("star", "red", (5, 5, 25, 25)), a_shape("star", "blue", (80, 5, 100, 25))]
+    assert not any("the star" in text for text in answers(a_scene(shapes=two), "color"))
     diagonal = [a_shape("star", "red", (5, 5, 25, 25)), a_shape("cross", "blue", (80, 80, 99, 99))]
     relations = answers(a_scene(shapes=diagonal), "relation")
     assert all(answer == "Nothing." for answer in relations.values())
@@ -196,20 +176,9 @@ def test_two_pictures_are_asked_about_without_saying_which():
             assert "background" not in question.text
 
 
-# --- tokenizer and rows -------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "text",
-    [
-        "There is no star.",
-        "  two  spaces ",
-        "a\n\nb",
-        "Grüße, 世界 🙂",
-        "A▁B"[:1],
-        "<|eot_id|>",
-        "users",
-    ],
+    ["There is no star.", "  two  spaces ", "a\n\nb", "Grüße, 世界 🙂", "A", "<|eot_id|>", "users"],
 )
 def test_the_tokenizer_gives_any_text_back(chat, text):
     ids = chat.tokenizer.encode(text)
@@ -255,9 +224,6 @@ def test_quizzes_of_all_layouts(chat, tiles):
         assert not (quiz.talk.ids == chat.tokenizer.image_id).any()
         shown.add(quiz.shown.shape[1])
     assert shown == {1, 2}
-
-
-# --- training -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 8), (1, 6, 20), (3, 20, 6)])
@@ -328,8 +294,7 @@ def test_rows_trained_together_are_those_that_a_prompt_is_prefilled_with():
 
 def test_every_parameter_is_initialised_and_every_gate_open():
     torch.manual_seed(0)
-    student = Student.new(model_config(300, 32))
-    for name, parameter in student.named_parameters():
+    for name, parameter in Student.new(model_config(300, 32)).named_parameters():
         assert parameter.isfinite().all(), name
         assert parameter.abs().max() < 10, name
         if parameter.shape == (1,):
@@ -342,8 +307,7 @@ def smoke_settings(folder: Path) -> train.Settings:
 
 def test_a_stopped_stage_goes_on_from_its_checkpoint(tmp_path):
     settings = smoke_settings(tmp_path)
-    build = partial(train.new_seer, settings)
-    batches = partial(train.page_stream, settings)
+    build, batches = partial(train.new_seer, settings), partial(train.page_stream, settings)
     stage = Stage("A", 0.4 / 3600, build, batches, train.page_losses)
     recorder = Recorder(tmp_path)
     training.train(stage, stage.build(), recorder)
@@ -358,33 +322,26 @@ def test_a_stopped_stage_goes_on_from_its_checkpoint(tmp_path):
 
 def test_the_whole_recipe_ends_in_a_checkpoint_that_answers(tmp_path):
     settings = smoke_settings(tmp_path)
-    hours = dict.fromkeys("ABC", 0.5 / 3600)
-    student = train.run(settings, hours, helpers=0, log_every=0.1)
+    student = train.run(settings, dict.fromkeys("ABC", 0.5 / 3600), helpers=0, log_every=0.1)
     export(student.model, settings.chat, tmp_path / "checkpoint")
     model = LlamaVision.from_pretrained(tmp_path / "checkpoint", device="cpu")
-    for (name, ours), theirs in zip(
-        student.model.named_parameters(), model.model.parameters(), strict=True
-    ):
+    pairs = zip(student.model.named_parameters(), model.model.parameters(), strict=True)
+    for (name, ours), theirs in pairs:
         assert torch.equal(ours.bfloat16(), theirs), name
     assert model.model.vision.padding_tiles_alike
     model = LlamaVision.from_pretrained(tmp_path / "checkpoint", device="cpu", dtype="float32")
     items = make_exam(4, 2, minimal=True)
     assert items == make_exam(4, 2, minimal=True)
     answers = answer(model, items, items, batch=3)
-    alone = [answer(model, [item], [item], batch=1)[0] for item in items]
-    assert answers == alone
+    assert answers == [answer(model, [item], [item], batch=1)[0] for item in items]
     rows = compare_rules(model, items, answers, batch=8)
     assert [(row["kept"], row["rule"]) for row in rows] == list(product(KEPT, RULES))
 
 
 def test_a_paired_difference_is_of_the_same_questions():
-    hits, others = [True, True, False, True], [True, False, False, False]
-    difference, spread = paired_difference(hits, others)
+    difference, spread = paired_difference([True, True, False, True], [True, False, False, False])
     assert difference == 0.5
     assert spread == pytest.approx(1.96 * (1 / 3) ** 0.5 / 2)
-
-
-# --- the exam -----------------------------------------------------------------------------------
 
 
 def test_unseen_families_are_not_trained():

@@ -237,11 +237,11 @@ class VisionAttention(nn.Module):
         """
         q, k, v = (split_heads(p(x), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
         real, padding_tile, copies = layout
-        from_padding = attention(q[:, :, real:], k[:, :, :real], v[:, :, :real])
+        from_padding = merge_heads(attention(q[:, :, real:], k[:, :, :real], v[:, :, :real]))
         if copies:
             k, v = (torch.cat([t, *[t[:, :, -padding_tile:]] * copies], dim=2) for t in (k, v))
-        from_real = attention(q[:, :, :real], k, v)
-        return self.o_proj(merge_heads(torch.cat([from_real, from_padding], dim=2)))
+        from_real = merge_heads(attention(q[:, :, :real], k, v))
+        return self.o_proj(torch.cat([from_real, from_padding], dim=1))
 
 
 class VisionMLP(nn.Module):
