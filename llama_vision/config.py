@@ -38,7 +38,7 @@ class VisionConfig:
     attention_heads: int
     intermediate_size: int
     num_hidden_layers: int
-    """Local blocks: no gates, and the ones that features are tapped from."""
+    """Local blocks: no gates; the inputs of some of them are intermediate features."""
     num_global_layers: int
     """Gated blocks after the local ones."""
     intermediate_layers_indices: tuple[int, ...]
@@ -62,7 +62,7 @@ class VisionConfig:
 
     @property
     def feature_size(self) -> int:
-        """Width of the features that leave the encoder: the final ones and each tap."""
+        """Width of the features that leave the encoder: the final and the intermediate ones."""
         return self.hidden_size * (1 + len(self.intermediate_layers_indices))
 
     @property

@@ -179,5 +179,5 @@ def test_the_package_runs_as_a_command_from_anywhere(tmp_path):
     picture = EMBEDDED_MODEL / "examples" / "sign.png"
     question = ["--image", str(picture), "--prompt", "What does the text say?"]
     command = [sys.executable, "-m", "llama_vision", *question]
-    done = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, check=True)
-    assert done.stdout == b"Undone\n"
+    done = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout == "Undone\n"

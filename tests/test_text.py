@@ -93,12 +93,12 @@ def test_every_block_gives_the_reference_s_hidden_states(tiny, case):
 
 def test_rows_that_see_no_image_pass_a_cross_attention_block_unchanged(tiny):
     states = hidden_states(tiny.model, *case_inputs("text_before")[0])
-    blind = golden_json("manifest")["cases"]["text_before"]["samples"][0]["visible"][0][0]
-    assert blind > 0
+    sees_none = golden_json("manifest")["cases"]["text_before"]["samples"][0]["visible"][0][0]
+    assert sees_none > 0
     for index in tiny.config.text.cross_attention_layers:
         before, after = states[index - 1], states[index]
-        assert torch.equal(before[:blind], after[:blind])
-        assert ((before - after)[blind:].abs().amax(-1) > 1e-3).all()
+        assert torch.equal(before[:sees_none], after[:sees_none])
+        assert ((before - after)[sees_none:].abs().amax(-1) > 1e-3).all()
 
 
 def test_a_text_without_images_runs_no_cross_attention(tiny):

@@ -100,7 +100,7 @@ class Cache:
         held = self.text.lengths[slot]
         if not 0 <= position <= held:
             raise CacheError(f"cannot rewind to {position}; expected 0 to {held}, the rows held")
-        first, last = self.visual.image_rows[slot] or (held, -1)
+        first, last = self.visual.image_span[slot] or (held, -1)
         if first < position <= last:
             raise CacheError(
                 f"cannot rewind to {position}: a later image (row {last}) took the place of what "
@@ -184,7 +184,7 @@ class VisualStore(_Store):
         """Whether the capacity was given; if not, `room` enlarges it to what is needed."""
         self.lengths = [[0] * slots for _ in shapes]
         """Tokens that each layer holds, of each slot."""
-        self.image_rows: list[tuple[int, int] | None] = [None] * slots
+        self.image_span: list[tuple[int, int] | None] = [None] * slots
         """Text rows of the first image of each slot so far, and of the last."""
 
     def holds(self, slot: int) -> bool:
@@ -193,8 +193,8 @@ class VisualStore(_Store):
 
     def note_images(self, slot: int, first: int, last: int) -> None:
         """Note the text rows of a new group of images."""
-        earlier = self.image_rows[slot]
-        self.image_rows[slot] = (earlier[0] if earlier else first, last)
+        earlier = self.image_span[slot]
+        self.image_span[slot] = (earlier[0] if earlier else first, last)
 
     def room(self, layer: int, slot: int, tokens: int) -> tuple[Tensor, Tensor]:
         """Give one layer's room in a slot to a new group of images: two views [1, K, tokens, d].
@@ -253,4 +253,4 @@ class VisualStore(_Store):
         """Hold nothing of a slot."""
         for lengths in self.lengths:
             lengths[slot] = 0
-        self.image_rows[slot] = None
+        self.image_span[slot] = None
