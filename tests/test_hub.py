@@ -1,6 +1,7 @@
-"""Where checkpoints come from: directories, the local cache, and a hub on loopback."""
+"""Where checkpoints come from: directories, the local cache, a hub; `weights/download.py`."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -11,12 +12,32 @@ import pytest
 from conftest import TINY
 from stub_hub import REPO, StubHub
 
-from llama_vision.checkpoint.files import CheckpointError
+from llama_vision.checkpoint.files import CheckpointError, find_shards
 from llama_vision.checkpoint.hub import download, find_checkpoint
 
 ROOT = Path(__file__).parent.parent
 SECOND = "model-00002-of-00002.safetensors"
 NEEDED = {path.name for path in TINY.iterdir()}
+SIZE = sum(path.stat().st_size for path in TINY.iterdir())
+SCRIPT = ROOT / "weights" / "download.py"
+main = runpy.run_path(str(SCRIPT))["main"]
+
+
+def files_in(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir() if path.is_file()}
+
+
+def assert_copied(directory: Path) -> None:
+    """The needed files and no others."""
+    assert {path.name for path in directory.rglob("*") if ".cache" not in path.parts} == NEEDED
+    for name in NEEDED:
+        assert (directory / name).read_bytes() == (TINY / name).read_bytes()
+
+
+def environment(**variables: str | Path) -> dict[str, str]:
+    """This process's environment with `HF_` variables of ours alone."""
+    others = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    return others | {f"HF_{name}": str(value) for name, value in variables.items()}
 
 
 def test_a_directory_is_taken_as_it_is(tmp_path):
@@ -40,9 +61,7 @@ def test_a_file_is_no_checkpoint():
 def test_only_the_needed_files_are_fetched(hub):
     directory = find_checkpoint(REPO)
     assert sorted(hub.fetched) == sorted(NEEDED)
-    assert {path.name for path in directory.rglob("*")} == NEEDED
-    for name in NEEDED:
-        assert (directory / name).read_bytes() == (TINY / name).read_bytes()
+    assert_copied(directory)
 
 
 def test_the_cache_is_used_and_the_hub_not_asked_again(hub, monkeypatch):
@@ -82,9 +101,9 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("place", ["into the cache", "into a directory"])
-@pytest.mark.parametrize("refusal", REFUSALS)
-def test_a_refusal_says_what_to_do(hub, refusal, place, tmp_path):
-    hub.refuse, says = REFUSALS[refusal]
+@pytest.mark.parametrize(("refuse", "says"), REFUSALS.values(), ids=REFUSALS)
+def test_a_refusal_says_what_to_do(hub, refuse, says, place, tmp_path):
+    hub.refuse = refuse
     to = None if place == "into the cache" else Path(shutil.copytree(TINY, tmp_path / "already"))
     with pytest.raises(CheckpointError, match=f"(?s){says}") as error:
         download(REPO, to=to)
@@ -101,9 +120,8 @@ def test_a_repository_whose_files_are_gated_says_what_to_do(hub):
 def test_no_network_says_what_to_do(repository, tmp_path, monkeypatch):
     with StubHub(repository) as hub:
         hub.use(monkeypatch, tmp_path / "cache")
-    with pytest.raises(
-        CheckpointError, match=r"not .* in the local cache.*refused.*check the network"
-    ):
+    says = r"not .* in the local cache.*refused.*check the network"
+    with pytest.raises(CheckpointError, match=says):
         find_checkpoint(REPO)
 
 
@@ -118,16 +136,89 @@ def test_an_incomplete_snapshot_without_network_says_what_is_missing(hub, monkey
 def test_the_environment_is_respected(repository, tmp_path):
     """In fresh processes: HF_ENDPOINT, HF_HOME and HF_TOKEN; then HF_HUB_OFFLINE, without a hub."""
     imports = "from llama_vision.checkpoint.hub import find_checkpoint"
-    code = f"{imports}; print(find_checkpoint({REPO!r}))"
-    run = [sys.executable, "-c", code]
-    home = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    home["HF_HOME"] = str(tmp_path / "home")
+    command = [sys.executable, "-c", f"{imports}; print(find_checkpoint({REPO!r}))"]
+
+    def found(**variables: str) -> str:
+        how = {"cwd": ROOT, "env": environment(HOME=tmp_path / "home", **variables)}
+        return subprocess.check_output(command, text=True, **how)
+
     with StubHub(repository) as hub:
-        online = {**home, "HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_secret"}
-        first = subprocess.run(run, cwd=ROOT, env=online, check=True, stdout=subprocess.PIPE)
+        directory = found(ENDPOINT=hub.url, TOKEN="hf_secret")
     assert sorted(hub.fetched) == sorted(NEEDED)
     assert hub.tokens == {"Bearer hf_secret"}
-    offline = {**home, "HF_HUB_OFFLINE": "1"}
-    second = subprocess.run(run, cwd=ROOT, env=offline, check=True, stdout=subprocess.PIPE)
-    assert first.stdout == second.stdout
-    assert first.stdout.decode().startswith(str(tmp_path / "home" / "hub"))
+    assert found(HUB_OFFLINE="1") == directory
+    assert directory.startswith(str(tmp_path / "home" / "hub"))
+
+
+def test_the_command_prints_the_size_and_what_to_pass_to_model(hub, tmp_path, capsys):
+    assert main([REPO]) == 0
+    *_, size, model = capsys.readouterr().out.splitlines()
+    assert size == f"{len(NEEDED)} files, {SIZE / 2**20:.1f} MiB"
+    directory = Path(model.removeprefix("--model "))
+    assert directory.is_relative_to(tmp_path / "cache")
+    assert files_in(directory) == set(hub.fetched) == NEEDED
+
+
+def test_a_directory_of_ones_own_gets_the_needed_files_alone(hub, tmp_path, capsys):
+    target = tmp_path / "here"
+    assert main([REPO, "--to", str(target)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"--model {target}"
+    assert_copied(target)
+
+
+@pytest.mark.parametrize("to", [[], ["--to", "here"]])
+def test_run_again_it_fetches_only_what_is_not_there(hub, to, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = [REPO, *to]
+    assert main(arguments) == 0
+    directory = Path(capsys.readouterr().out.splitlines()[-1].removeprefix("--model "))
+    gone = find_shards(directory)[1]
+    gone.resolve().unlink()
+    hub.fetched.clear()
+    assert main(arguments) == 0
+    assert hub.fetched == [gone.name]
+    assert files_in(directory) == NEEDED
+
+
+def test_the_token_of_the_command_is_sent(hub):
+    assert main([REPO, "--token", "hf_mine"]) == 0
+    assert hub.tokens == {"Bearer hf_mine"}
+
+
+@pytest.mark.parametrize(
+    ("repo", "refuse", "says"),
+    [
+        (REPO, (403, "GatedRepo"), "accept the licence"),
+        (REPO, (401, "RepoNotFound"), "no repository"),
+        ("someone/unknown", None, "no repository someone/unknown"),
+        ("not a name", None, "'not a name' is no repository id"),
+        ("a/b/c", None, "'a/b/c' is no repository id"),
+    ],
+)
+def test_what_cannot_be_had_is_one_message(hub, repo, refuse, says, capsys):
+    hub.refuse = refuse
+    assert main([repo]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    message = captured.err.splitlines()[-1]
+    assert message.startswith("download.py: ")
+    assert says in message
+    assert "Traceback" not in captured.err
+
+
+def test_a_repository_without_safetensors_is_told(hub, capsys):
+    for path in hub.directory.glob("model*"):
+        path.unlink()
+    assert main([REPO]) == 2
+    assert "has no model.safetensors" in capsys.readouterr().err
+
+
+def test_it_runs_from_anywhere_without_being_installed(repository, tmp_path):
+    command = [sys.executable, str(SCRIPT), REPO, "--to", "here"]
+    with StubHub(repository) as hub:
+        how = {"cwd": tmp_path, "env": environment(ENDPOINT=hub.url, HOME=tmp_path / "home")}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, **how)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"--model {tmp_path / 'here'}"
+    assert files_in(tmp_path / "here") == NEEDED
+    assert "Fetching" in done.stderr, "no progress was shown"

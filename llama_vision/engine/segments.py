@@ -37,18 +37,23 @@ def cut_into_segments(
     the same as the last row of the prompt.
     """
     groups = image_groups(token_ids, image_token_id)
-    cuts = {group.start for group in groups[0 if continues else 1 :]}
-    starts = sorted({0, *cuts})
-    segments, images = [], 0
-    for start, stop in zip(starts, [*starts[1:], len(token_ids)], strict=True):
-        here = [group for group in groups if start <= group.start < stop] or [range(start, start)]
-        (group,) = here
-        count, number = len(group), sum(other.start < start for other in groups)
-        image_rows = range(group.start - start, group.stop - start)
-        numbers = range(images, images + count)
-        is_last = stop == len(token_ids)
-        segments.append(Segment(range(start, stop), image_rows, numbers, number, is_last))
-        images += count
+    starts = [group.start for group in groups]
+    if groups and (starts[0] == 0 or not continues):
+        starts[0] = 0
+    else:  # rows without images of their own come first
+        groups, starts = [range(0), *groups], [0, *starts]
+    segments, images, number = [], 0, 0
+    for group, start, stop in zip(groups, starts, [*starts[1:], len(token_ids)], strict=True):
+        first = group.start - start if group else 0
+        segment = Segment(
+            range(start, stop),
+            image_rows=range(first, first + len(group)),
+            images=range(images, images + len(group)),
+            group=number,
+            is_last=stop == len(token_ids),
+        )
+        segments.append(segment)
+        images, number = images + len(group), number + bool(group)
     return segments
 
 
