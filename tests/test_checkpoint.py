@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,7 +37,7 @@ def tensors_of(directory: Path) -> dict[str, Tensor]:
     return {k: v for shard in directory.glob("*.safetensors") for k, v in load_file(shard).items()}
 
 
-def convert(directory: Path, edit: Callable[[Tensor], Tensor]) -> None:
+def convert(directory: Path, edit) -> None:
     """Replace every tensor of a directory's shards by `edit(tensor)`."""
     for shard in (directory / FIRST, directory / SECOND):
         save_file({name: edit(tensor) for name, tensor in load_file(shard).items()}, shard)
@@ -55,7 +54,7 @@ def remove_weights(directory: Path) -> None:
         (directory / file).unlink()
 
 
-def index(text: str) -> Callable[[Path], int]:
+def index(text: str):
     return lambda directory: (directory / INDEX).write_text(text)
 
 
@@ -65,31 +64,29 @@ def checkpoint(tmp_path) -> Path:
     return Path(shutil.copytree(TINY, tmp_path / "checkpoint"))
 
 
-@pytest.fixture(scope="module")
-def original() -> dict[str, Tensor]:
-    return tensors_of(TINY)
+ORIGINAL = tensors_of(TINY)
 
 
-def assert_loaded(model: LlamaVisionModel, original: dict[str, Tensor]) -> None:
+def assert_loaded(model: LlamaVisionModel, expected: dict[str, Tensor] = ORIGINAL) -> None:
     """Every parameter equals its tensor bit for bit, by the name table of 2024."""
     parameters = dict(model.named_parameters())
     names = official_names(list(parameters))
-    assert names.keys() == original.keys()
+    assert names.keys() == expected.keys()
     for official, ours in names.items():
-        assert torch.equal(parameters[ours], original[official]), official
+        assert torch.equal(parameters[ours], expected[official]), official
 
 
-def test_every_parameter_is_its_tensor_in_the_files(original):
-    assert_loaded(load(TINY), original)
+def test_every_parameter_is_its_tensor_in_the_files():
+    assert_loaded(load(TINY))
 
 
-def test_a_single_file_loads_equal(checkpoint, original):
+def test_a_single_file_loads_equal(checkpoint):
     remove_weights(checkpoint)
-    save_file(original, checkpoint / "model.safetensors")
-    assert_loaded(load(checkpoint), original)
+    save_file(ORIGINAL, checkpoint / "model.safetensors")
+    assert_loaded(load(checkpoint))
 
 
-def test_names_of_newer_files_load_equal(checkpoint, original):
+def test_names_of_newer_files_load_equal(checkpoint):
     newer = (
         ("language_model.model.", "model.language_model."),
         ("language_model.lm_head.", "lm_head."),
@@ -102,7 +99,7 @@ def test_names_of_newer_files_load_equal(checkpoint, original):
             old, new = next(row for row in newer if name.startswith(row[0]))
             tensors[new + name.removeprefix(old)] = tensor
         save_file(tensors, checkpoint / shard)
-    assert_loaded(load(checkpoint), original)
+    assert_loaded(load(checkpoint))
 
 
 def test_a_random_checkpoint_comes_back_bit_for_bit(checkpoint):
@@ -110,17 +107,17 @@ def test_a_random_checkpoint_comes_back_bit_for_bit(checkpoint):
     assert_loaded(load(checkpoint), tensors_of(checkpoint))
 
 
-def test_a_tensor_larger_than_the_buffer_loads_in_pieces(checkpoint, original, monkeypatch):
+def test_a_tensor_larger_than_the_buffer_loads_in_pieces(checkpoint, monkeypatch):
     monkeypatch.setattr("llama_vision.checkpoint.loading.BUFFER_BYTES", 1000)
     assert BUFFER_BYTES > 1000
-    assert_loaded(load(checkpoint), original)
+    assert_loaded(load(checkpoint))
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
 @pytest.mark.parametrize("stored", [*DTYPES.values(), torch.float64], ids=str)
-def test_stored_types_are_converted_to_the_one_asked_for(checkpoint, original, stored, dtype):
+def test_stored_types_are_converted_to_the_one_asked_for(checkpoint, stored, dtype):
     convert(checkpoint, lambda tensor: tensor.to(stored))
-    assert_loaded(load(checkpoint, dtype), {k: v.to(stored).to(dtype) for k, v in original.items()})
+    assert_loaded(load(checkpoint, dtype), {k: v.to(stored).to(dtype) for k, v in ORIGINAL.items()})
 
 
 def test_parameters_are_filled_frozen_and_the_model_is_in_eval_mode():
@@ -130,11 +127,11 @@ def test_parameters_are_filled_frozen_and_the_model_is_in_eval_mode():
     assert not any(module.training for module in model.modules())
 
 
-def test_a_loaded_model_does_not_depend_on_its_files(checkpoint, original):
+def test_a_loaded_model_does_not_depend_on_its_files(checkpoint):
     model = load(checkpoint)
     for shard in (FIRST, SECOND):
         (checkpoint / shard).write_bytes(b"")
-    assert_loaded(model, original)
+    assert_loaded(model)
 
 
 def test_loading_imports_no_compiler():
@@ -251,13 +248,10 @@ def test_the_automatic_device(cuda, mps, chosen, monkeypatch):
     assert choose_device("auto").type == chosen
 
 
-@pytest.mark.parametrize("asked", ["float16", torch.float16, "torch.float16"], ids=repr)
-def test_a_type_is_taken_by_name_or_as_it_is(asked):
-    assert choose_dtype(asked, torch.bfloat16) == torch.float16
-
-
-def test_the_automatic_type_is_the_published_one():
-    assert choose_dtype("auto", torch.bfloat16) == torch.bfloat16
+@pytest.mark.parametrize("asked", ["float16", torch.float16, "torch.float16", "auto"], ids=repr)
+def test_a_type_is_taken_by_name_or_as_it_is_or_as_published(asked):
+    chosen = torch.bfloat16 if asked == "auto" else torch.float16
+    assert choose_dtype(asked, torch.bfloat16) == chosen
 
 
 @pytest.mark.parametrize("asked", ["float64", "int8", "half", "", torch.int8], ids=repr)

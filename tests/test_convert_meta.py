@@ -45,12 +45,11 @@ SHARED_BY_ROWS = re.compile(
     r"(attention|attn)\.w[qkv]\.weight|feed_forward\.w[13]\.weight|mlp\.c_fc\.|conv1\._linear\."
     r"|vision_projection\.|tok_embeddings\.|learnable_embedding\.|text_model\.output\."
 )
-SHARED_BY_COLUMNS = re.compile(
-    r"(attention|attn)\.wo\.weight|feed_forward\.w2\.weight|mlp\.c_proj\.weight"
-)
+SHARED_BY_COLUMNS = re.compile(r"(attention|attn)\.wo|feed_forward\.w2|mlp\.c_proj\.weight")
 
 # The inverse: official names, and what stands in Meta's in their place.
 VISION_NAMES = {
+    "^vision_model": "vision_model.vision_encoder",
     r"transformer\.layers": "transformer.resblocks",
     r"patch_embedding\.weight": "conv1._linear.weight",
     r"gated_positional_embedding\.gate": "gated_positional_embedding_gate",
@@ -65,7 +64,11 @@ VISION_NAMES = {
     "input_layernorm": "ln_1",
     "post_attention_layernorm": "ln_2",
 }
+BLOCK, SELF_ATTENTION = r"language_model\.model\.layers", (0, 1, 2, 4, 5, 6, 7, 9)
 TEXT_NAMES = {
+    **{rf"{BLOCK}\.{at}\.": f"text_model.layers.{i}." for i, at in enumerate(SELF_ATTENTION)},
+    rf"{BLOCK}\.3\.": "text_model.cross_attention_layers.0.",
+    rf"{BLOCK}\.8\.": "text_model.cross_attention_layers.1.",
     r"language_model\.model\.norm": "text_model.norm",
     r"language_model\.lm_head": "text_model.output",
     "multi_modal_projector": "vision_model.vision_projection",
@@ -81,35 +84,24 @@ TEXT_NAMES = {
 }
 
 
-def renamed(name, table):
-    for official, metas in table.items():
-        name = re.sub(official, metas, name)
-    return name
-
-
 def as_meta(official):
-    """The tiny model as Meta would store it in one file. Its cross-attention blocks are 3 and 8."""
-    places = {block: f"layers.{place}" for place, block in enumerate([0, 1, 2, 4, 5, 6, 7, 9])}
-    places |= {3: "cross_attention_layers.0", 8: "cross_attention_layers.1"}
-    stacks = {
-        rf"language_model\.model\.layers\.{block}\.": f"text_model.{place}."
-        for block, place in places.items()
-    }
+    """The tiny model as Meta would store it in one file."""
     state = {}
     for name, tensor in official.items():
-        if name.startswith("vision_model."):
-            add_meta_vision(state, name.removeprefix("vision_model."), tensor)
-        else:
-            add_meta_text(state, renamed(name, stacks), tensor)
+        vision = name.startswith("vision_model.")
+        if name == "vision_model.patch_embedding.weight":
+            tensor = tensor.reshape(len(tensor), -1)
+        elif re.search(r"positional_embedding\..*embedding\.weight", name):
+            tensor = by_row_and_column(tensor, tokens=1 if "tile_positional" in name else 17)
+        elif not vision and re.search(r"self_attn\.[qk]_proj", name):
+            tensor = interleaved(tensor, head_dim=16)
+        for pattern, metas in (VISION_NAMES if vision else TEXT_NAMES).items():
+            name = re.sub(pattern, metas, name)
+        state[name] = tensor
+    embeddings = state.pop("language_model.model.embed_tokens.weight")
+    state["text_model.tok_embeddings.weight"] = embeddings[:512].clone()
+    state["text_model.learnable_embedding.weight"] = embeddings[512:].clone()
     return state
-
-
-def add_meta_vision(state, name, tensor):
-    if name == "patch_embedding.weight":
-        tensor = tensor.reshape(len(tensor), -1)
-    if name.endswith("embedding.weight") and "positional" in name:
-        tensor = by_row_and_column(tensor, tokens=1 if "tile_positional" in name else 17)
-    state["vision_model.vision_encoder." + renamed(name, VISION_NAMES)] = tensor
 
 
 def by_row_and_column(by_id, tokens):
@@ -119,28 +111,14 @@ def by_row_and_column(by_id, tokens):
     table = torch.randn(4, 4, tokens, 64).to(by_id.dtype)
     for aspect_id, (rows, cols) in enumerate(grids, start=1):
         for slot in range(rows * cols):
-            table[slot // cols, slot % cols] = by_id[aspect_id, slot]
+            table[divmod(slot, cols)] = by_id[aspect_id, slot]
     return table
-
-
-def add_meta_text(state, name, tensor):
-    if name == "language_model.model.embed_tokens.weight":
-        state["text_model.tok_embeddings.weight"] = tensor[:512].clone()
-        state["text_model.learnable_embedding.weight"] = tensor[512:].clone()
-        return
-    if re.search(r"self_attn\.[qk]_proj", name):
-        tensor = interleaved(tensor, head_dim=16)
-    state[renamed(name, TEXT_NAMES)] = tensor
 
 
 def interleaved(weight, head_dim):
     """Rows of each head from half-split to neighbouring pairs."""
-    out = torch.empty_like(weight)
-    for start in range(0, len(weight), head_dim):
-        for i in range(head_dim // 2):
-            out[start + 2 * i] = weight[start + i]
-            out[start + 2 * i + 1] = weight[start + i + head_dim // 2]
-    return out
+    heads, half = weight.unflatten(0, (-1, head_dim)), head_dim // 2
+    return torch.stack([heads[:, :half], heads[:, half:]], dim=2).flatten(0, 2)
 
 
 def share_out(state, parts):
@@ -157,11 +135,10 @@ def share_out(state, parts):
     return files
 
 
-def write_meta(source, *files, single=PART):
+def write_meta(source, *files):
     source.mkdir()
-    names = [f"consolidated.{i:02d}.pth" for i in range(len(files))] if len(files) > 1 else [single]
-    for name, file in zip(names, files, strict=True):
-        torch.save(file, source / name)
+    for number, file in enumerate(files):
+        torch.save(file, source / f"consolidated.{number:02d}.pth")
     (source / "params.json").write_text(json.dumps(TINY_PARAMS))
     (source / "tokenizer.model").write_bytes(b"a tokenizer")
     return source
@@ -205,8 +182,7 @@ def test_the_inverse_writes_the_names_and_shapes_of_metas_model():
 
 @pytest.mark.parametrize("parts", [1, 2, 8])
 def test_every_tensor_comes_back_bit_for_bit(tmp_path, target, parts):
-    source = write_meta(tmp_path / "source", *share_out(as_meta(OFFICIAL), parts))
-    convert(source, target)
+    convert(write_meta(tmp_path / "source", *share_out(as_meta(OFFICIAL), parts)), target)
     assert_holds(target)
     assert read_config(target) == TINY_CONFIG
     assert (target / "tokenizer.model").read_bytes() == b"a tokenizer"
@@ -219,10 +195,8 @@ def test_the_written_config_says_what_the_official_one_says(source, target):
     convert(source, target)
     official, written = (json.loads((d / "config.json").read_text()) for d in (TINY, target))
     for section in ("text_config", "vision_config"):
-        for field, value in written.pop(section).items():
-            assert official[section][field] == value, field
-    for field, value in written.items():
-        assert official[field] == value, field
+        assert written.pop(section).items() <= official[section].items()
+    assert written.items() <= official.items()
 
 
 def test_logits_are_those_of_the_official_files(source, target):
@@ -263,7 +237,8 @@ def test_a_tensor_larger_than_a_shard_has_a_shard_of_its_own():
 
 def test_consolidated_without_a_number_and_bfloat16_stay_as_stored(tmp_path, target):
     half = {name: tensor.bfloat16() for name, tensor in OFFICIAL.items()}
-    source = write_meta(tmp_path / "source", as_meta(half), single="consolidated.pth")
+    source = write_meta(tmp_path / "source", as_meta(half))
+    (source / PART).rename(source / "consolidated.pth")
     convert(source, target)
     assert_holds(target, half)
     assert read_config(target).dtype == torch.bfloat16
@@ -337,12 +312,10 @@ def meta_shapes(params, width, hidden, layers, global_layers, taps, ffn):
     return shapes
 
 
-@pytest.mark.parametrize(
-    ("name", "parts", "ffn"), [("11b", 1, 14336), ("11b", 8, 14336), ("90b", 8, 28672)]
-)
-def test_published_sizes_become_the_official_names_and_shapes(name, parts, ffn, tmp_path):
-    sizes = {"width": 1280, "hidden": 5120, "layers": 32, "global_layers": 8, "taps": 5, "ffn": ffn}
-    shapes = meta_shapes(PARAMS[name], **sizes)
+@pytest.mark.parametrize(("name", "parts"), [("11b", 1), ("11b", 8), ("90b", 8)])
+def test_published_sizes_become_the_official_names_and_shapes(name, parts, tmp_path):
+    sizes = {"width": 1280, "hidden": 5120, "layers": 32, "global_layers": 8, "taps": 5}
+    shapes = meta_shapes(PARAMS[name], **sizes, ffn={"11b": 14336, "90b": 28672}[name])
     with torch.device("meta"):
         whole = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
     files = share_out(whole, parts)
@@ -417,8 +390,8 @@ def test_a_missing_part_is_named(tmp_path, target, number):
 
 
 def test_a_missing_last_part_shows_in_the_shapes(tmp_path, target):
-    source = write_meta(tmp_path / "source", share_out(as_meta(OFFICIAL), 2)[0])
-    message = refused(source, target)
+    first, _ = share_out(as_meta(OFFICIAL), 2)
+    message = refused(write_meta(tmp_path / "source", first), target)
     assert "patch_embedding.weight [32, 3, 14, 14] instead of [64, 3, 14, 14]" in message
     assert "Model-parallel parts found: 1; is one missing?" in message
 
@@ -505,10 +478,9 @@ def test_an_interrupted_conversion_does_not_look_complete(source, target, monkey
 def test_the_command_says_what_is_wrong_without_a_traceback(tmp_path):
     command = [sys.executable, convert_meta.__file__, "source", "target"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2
+    assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("convert_meta: source has no consolidated.pth")
     assert "Traceback" not in done.stderr
-    assert done.stdout == ""
 
 
 def test_the_command_converts_and_tells_its_progress(source, target, monkeypatch, capsys):

@@ -23,13 +23,9 @@ SCRIPT = ROOT / "weights" / "download.py"
 main = runpy.run_path(str(SCRIPT))["main"]
 
 
-def files_in(directory: Path) -> set[str]:
-    return {path.name for path in directory.iterdir() if path.is_file()}
-
-
 def assert_copied(directory: Path) -> None:
     """The needed files and no others."""
-    assert {path.name for path in directory.rglob("*") if ".cache" not in path.parts} == NEEDED
+    assert {path.name for path in directory.iterdir()} - {".cache"} == NEEDED
     for name in NEEDED:
         assert (directory / name).read_bytes() == (TINY / name).read_bytes()
 
@@ -61,6 +57,7 @@ def test_a_file_is_no_checkpoint():
 def test_only_the_needed_files_are_fetched(hub):
     directory = find_checkpoint(REPO)
     assert sorted(hub.fetched) == sorted(NEEDED)
+    assert {path.name for path in directory.rglob("*")} == NEEDED
     assert_copied(directory)
 
 
@@ -156,7 +153,8 @@ def test_the_command_prints_the_size_and_what_to_pass_to_model(hub, tmp_path, ca
     assert size == f"{len(NEEDED)} files, {SIZE / 2**20:.1f} MiB"
     directory = Path(model.removeprefix("--model "))
     assert directory.is_relative_to(tmp_path / "cache")
-    assert files_in(directory) == set(hub.fetched) == NEEDED
+    assert set(hub.fetched) == NEEDED
+    assert_copied(directory)
 
 
 def test_a_directory_of_ones_own_gets_the_needed_files_alone(hub, tmp_path, capsys):
@@ -177,7 +175,7 @@ def test_run_again_it_fetches_only_what_is_not_there(hub, to, tmp_path, monkeypa
     hub.fetched.clear()
     assert main(arguments) == 0
     assert hub.fetched == [gone.name]
-    assert files_in(directory) == NEEDED
+    assert_copied(directory)
 
 
 def test_the_token_of_the_command_is_sent(hub):
@@ -220,5 +218,5 @@ def test_it_runs_from_anywhere_without_being_installed(repository, tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, check=False, **how)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"--model {tmp_path / 'here'}"
-    assert files_in(tmp_path / "here") == NEEDED
+    assert_copied(tmp_path / "here")
     assert "Fetching" in done.stderr, "no progress was shown"

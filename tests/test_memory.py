@@ -268,8 +268,7 @@ def test_a_budget_out_of_range_is_told(budget):
         workload_alike(official_config("11b"), visual_budget=budget)
 
 
-def test_plans_are_remembered():
-    """A second run of the same sizes asks for no second simulation."""
+def test_a_second_run_of_the_same_sizes_asks_for_no_second_simulation():
     load = Workload((PromptSize((1, 2, 3)),), 1, 8)
     working_memory.cache_clear()
     for _ in range(3):

@@ -150,13 +150,9 @@ def test_all_that_is_public_has_a_docstring(file):
 
 def public_nodes(tree: ast.Module | ast.ClassDef) -> list[ast.AST]:
     """Public functions and classes, and the public methods of public classes."""
-    found = []
-    for node in tree.body:
-        if isinstance(node, PUBLIC) and not node.name.startswith("_"):
-            found.append(node)
-            if isinstance(node, ast.ClassDef):
-                found += public_nodes(node)
-    return found
+    found = [n for n in tree.body if isinstance(n, PUBLIC) and not n.name.startswith("_")]
+    classes = (node for node in found if isinstance(node, ast.ClassDef))
+    return found + [method for node in classes for method in public_nodes(node)]
 
 
 def test_every_file_has_its_tests():

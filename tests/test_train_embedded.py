@@ -10,7 +10,7 @@ from random import Random
 import numpy as np
 import pytest
 import torch
-from conftest import assert_close
+from conftest import Conversation, assert_close
 from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools" / "pico"))
@@ -30,11 +30,8 @@ from recipe.questions import ask, ask_about_both, describe, place_of
 from recipe.sampling import sample_page, sample_scene
 from recipe.scenes import SHAPES, Background, Canvas, Scene, Shape, TextLine, glyphs_of
 from recipe.sources import COLORS, TRAINED_FAMILIES, UNSEEN_FAMILIES, Face, Sources, sample_rgb
-from recipe.training import Recorder, Stage
 
 from llama_vision import LlamaVision
-from llama_vision.cache.kv import Cache
-from llama_vision.engine.prefill import prefill
 from llama_vision.engine.segments import image_groups
 from llama_vision.inputs.image import TiledImage, tile_image
 
@@ -87,8 +84,7 @@ def test_pictures_land_on_the_grid_that_was_asked_for(grid):
             assert label_patches(scene, 112, 14).shape == (len(LABELS), grid[0] * grid[1], 64)
 
 
-def test_colors_are_unmistakable():
-    """No two names share a colour, even where their ranges come close."""
+def test_no_two_color_names_share_a_color():
     rng = Random(0)
     seen: dict[tuple, str] = {}
     for _ in range(4000):
@@ -245,10 +241,8 @@ def test_widening_keeps_what_one_tile_has_learned():
     for name, value in seer.vision.state_dict().items():
         if "tile" not in name or name.endswith("gate"):
             assert torch.equal(wide.state_dict()[name], value), name
-    narrow, wider = (
-        v.gated_positional_embedding.tile_embedding.weight[1].view(-1, 65, 32)
-        for v in (seer.vision, wide)
-    )
+    table = "gated_positional_embedding.tile_embedding.weight"
+    narrow, wider = (v.get_parameter(table)[1].view(-1, 65, 32) for v in (seer.vision, wide))
     torch.testing.assert_close(wider[0], narrow[0])
     assert not torch.equal(wider[1], wider[0])
 
@@ -284,9 +278,8 @@ def test_rows_trained_together_are_those_that_a_prompt_is_prefilled_with():
         hidden = hidden_states(model.text, ids, features, torch.tensor(shown))
     groups = 0
     for row, pictures, states in zip(rows, shown, hidden, strict=True):
-        cache = Cache(config, slots=1, max_text_tokens=16, visual_capacity=520, dtype=model.dtype)
         images = [tiles[picture] for picture in pictures]
-        logits, _ = prefill(model, cache, 0, row, images, every_row=True)
+        logits = Conversation(model, text=16, visual=520).go_on(row, images)
         assert_close(str(row), model.text.logits(states[: len(row)]), logits, 2e-5)
         groups += len(image_groups(row, config.image_token_id))
     assert 8 < groups < 32
@@ -308,8 +301,8 @@ def smoke_settings(folder: Path) -> train.Settings:
 def test_a_stopped_stage_goes_on_from_its_checkpoint(tmp_path):
     settings = smoke_settings(tmp_path)
     build, batches = partial(train.new_seer, settings), partial(train.page_stream, settings)
-    stage = Stage("A", 0.4 / 3600, build, batches, train.page_losses)
-    recorder = Recorder(tmp_path)
+    stage = training.Stage("A", 0.4 / 3600, build, batches, train.page_losses)
+    recorder = training.Recorder(tmp_path)
     training.train(stage, stage.build(), recorder)
     before = recorder.load("A")
     assert before["progress"]["step"] > 0
