@@ -28,10 +28,11 @@ from llama_vision.cache.pruning import (
     UniformGrid,
 )
 from llama_vision.cache.visual_tokens import VisualTokens
-from llama_vision.config import Config, LlamaVisionError
+from llama_vision.config import Config
 from llama_vision.engine.engine import Engine
 from llama_vision.engine.request import Completion, Request
 from llama_vision.engine.settings import Settings
+from llama_vision.errors import LlamaVisionError
 from llama_vision.inputs.chat import Prompt
 from llama_vision.inputs.image import tile_image
 from llama_vision.memory.plan import MemoryPlan, plan_memory

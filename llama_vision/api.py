@@ -12,13 +12,13 @@ from llama_vision.checkpoint.config_json import read_config, read_generation_con
 from llama_vision.checkpoint.devices import choose_device, choose_dtype
 from llama_vision.checkpoint.hub import find_checkpoint
 from llama_vision.checkpoint.loading import load_model
-from llama_vision.config import SettingError
 from llama_vision.engine.engine import Engine
 from llama_vision.engine.prefill import prefill
 from llama_vision.engine.request import Completion, Request
 from llama_vision.engine.sampling import Sampling
 from llama_vision.engine.settings import Settings
 from llama_vision.engine.workload import PromptSize, Workload
+from llama_vision.errors import SettingError
 from llama_vision.inputs.chat import Prompt, PromptError, chat_prompt
 from llama_vision.inputs.image import TiledImage, tile_image
 from llama_vision.inputs.tokenizer import Tokenizer, load_tokenizer, needed

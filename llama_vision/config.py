@@ -1,4 +1,4 @@
-"""The architecture in numbers, and the errors that all of the package shares.
+"""The architecture in numbers.
 
 Nothing here has a default: a number that is not given is an error, not a guess. The field names are
 those of an official `config.json`, so that one can be read beside this file.
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from llama_vision.errors import LlamaVisionError
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 MOST_TILES = 1024
@@ -15,14 +17,6 @@ MOST_TILES = 1024
 
 EXTRA_EMBEDDINGS = 8
 """Rows of the embedding past the vocabulary; the first is `<|image|>`. The head has none."""
-
-
-class LlamaVisionError(ValueError):
-    """Bad input at one of the package's doors: what came, what was expected, what to do."""
-
-
-class SettingError(LlamaVisionError):
-    """A setting out of its range: a device, type, length or sampling number that cannot be had."""
 
 
 class ConfigError(LlamaVisionError):

@@ -15,7 +15,7 @@ from conftest import (
 )
 
 from llama_vision import LlamaVision, Prompt, TrimmedLlama
-from llama_vision.config import SettingError
+from llama_vision.errors import SettingError
 from llama_vision.inputs.chat import PromptError, chat_prompt
 from llama_vision.inputs.tokenizer import TokenizerError
 

@@ -17,7 +17,8 @@ from llama_vision.checkpoint.devices import choose_device, choose_dtype
 from llama_vision.checkpoint.files import CheckpointError
 from llama_vision.checkpoint.loading import BUFFER_BYTES, load_model
 from llama_vision.checkpoint.names import official_names
-from llama_vision.config import DTYPES, SettingError
+from llama_vision.config import DTYPES
+from llama_vision.errors import SettingError
 from llama_vision.model.model import LlamaVisionModel
 
 ROOT = Path(__file__).parent.parent

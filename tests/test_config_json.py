@@ -17,7 +17,8 @@ from llama_vision.checkpoint.config_json import (
     read_generation_config,
 )
 from llama_vision.checkpoint.names import official_names
-from llama_vision.config import ConfigError, RopeScaling, SettingError, official_config
+from llama_vision.config import ConfigError, RopeScaling, official_config
+from llama_vision.errors import SettingError
 from llama_vision.model.model import LlamaVisionModel
 
 MISSING = object()

@@ -408,15 +408,14 @@ def test_names_that_are_missing_or_unexpected_are_listed(tmp_path, target):
 
 def test_a_long_list_is_cut_short(tmp_path, target):
     message = refused(write_meta(tmp_path / "source", {"weight": torch.zeros(1)}), target)
-    assert "… and " in message
-    assert len(message.splitlines()) < 50
+    assert re.search(r"unexpected weight, part 0: missing .*, and \d+ more$", message)
 
 
 def test_parts_of_different_models_are_refused(tmp_path, target):
     files = share_out(as_meta(OFFICIAL), 2)
     files[1]["text_model.norm.weight"] += 1
     message = refused(write_meta(tmp_path / "source", *files), target)
-    assert "differ between the parts; are they of one model?\n  text_model.norm.weight" in message
+    assert "differ between the parts; are they of one model? text_model.norm.weight" in message
     assert not target.exists()
 
 

@@ -20,8 +20,8 @@ from llama_vision import (
     UniformGrid,
 )
 from llama_vision.cache.pruning import PruningError
-from llama_vision.config import SettingError
 from llama_vision.engine.engine import EngineError
+from llama_vision.errors import SettingError
 from llama_vision.inputs.chat import PromptError
 from llama_vision.inputs.image import ImageError, TiledImage
 from llama_vision.inputs.tokenizer import TokenizerError

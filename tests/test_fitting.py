@@ -10,8 +10,8 @@ from conftest import TINY, case_prompts
 from stub_hub import REPO
 
 from llama_vision import LlamaVision, Prompt, TrimmedLlama
-from llama_vision.config import SettingError
 from llama_vision.engine.engine import Engine
+from llama_vision.errors import SettingError
 from llama_vision.memory import fit, free
 from llama_vision.memory.fit import MemoryLimitError, largest
 from llama_vision.memory.units import human_bytes, parse_bytes

@@ -13,14 +13,17 @@ from llama_vision.checkpoint.hub import EMBEDDED_MODEL
 
 TESTS = Path(__file__).parent
 PACKAGE = Path(llama_vision.__file__).parent
-PARTS = {"config", "cache", "inputs", "model", "engine", "checkpoint", "memory"}
+BASE = {"errors", "values", "config"}
+PARTS = BASE | {"cache", "inputs", "model", "engine", "checkpoint", "memory"}
 MAY_IMPORT = {
-    "config": set(),
-    "cache": {"config"},
-    "inputs": {"config"},
-    "model": {"config", "cache"},
-    "engine": {"config", "cache", "inputs", "model"},
-    "checkpoint": {"config", "model"},
+    "errors": set(),
+    "values": {"errors"},
+    "config": {"errors"},
+    "cache": BASE,
+    "inputs": BASE,
+    "model": BASE | {"cache"},
+    "engine": BASE | {"cache", "inputs", "model"},
+    "checkpoint": BASE | {"model"},
     "memory": PARTS,
     "api": PARTS,
     "__init__": PARTS | {"api"},

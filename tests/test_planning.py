@@ -15,8 +15,9 @@ from llama_vision import plan_memory
 from llama_vision.checkpoint.config_json import read_config
 from llama_vision.checkpoint.files import CheckpointError
 from llama_vision.cli.main import main
-from llama_vision.config import SettingError, official_config
+from llama_vision.config import official_config
 from llama_vision.engine.workload import workload_alike
+from llama_vision.errors import SettingError
 from llama_vision.memory.fit import largest_settings
 from llama_vision.memory.plan import plan_run
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from llama_vision.config import SettingError
 from llama_vision.engine.sampling import Sampling, sample
+from llama_vision.errors import SettingError
 
 DRAWS = 20_000
 LOGITS = torch.tensor([0.3, 2.0, -1.0, 1.2, 1.1, -30.0, 0.9])

@@ -32,7 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also runs whe
 from llama_vision.checkpoint.config_json import config_from_dict, config_to_dict
 from llama_vision.checkpoint.files import CheckpointError, Entry
 from llama_vision.checkpoint.names import match_names
-from llama_vision.config import DTYPES, Config, LlamaVisionError, official_config
+from llama_vision.config import DTYPES, Config, official_config
+from llama_vision.errors import LlamaVisionError, some
 from llama_vision.model.model import LlamaVisionModel
 
 COPY, COLUMN, ROW = None, 0, 1
@@ -337,19 +338,18 @@ def load_part(path: Path) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in state.items() if name not in DERIVED}
 
 
-def check_names(rules: list[Rule], parts: Parts, limit: int = 40) -> None:
+def check_names(rules: list[Rule], parts: Parts) -> None:
     """Every part has every tensor of the table, and no other."""
     expected = {name for rule in rules for name in rule.sources}
     problems = []
     for number, part in enumerate(parts):
         for kind, names in (
-            ("missing", expected - set(part)),
             ("unexpected", set(part) - expected),
+            ("missing", expected - set(part)),
         ):
             problems.extend(f"part {number}: {kind} {name}" for name in sorted(names))
     if problems:
-        shown = problems[:limit] + [f"… and {len(problems) - limit} more"] * (len(problems) > limit)
-        raise ConversionError("\n  ".join(["tensor names are not those of the model:", *shown]))
+        raise ConversionError(f"tensor names are not those of the model: {some(problems)}")
 
 
 def check_copies(rules: list[Rule], parts: Parts) -> None:
@@ -362,7 +362,7 @@ def check_copies(rules: list[Rule], parts: Parts) -> None:
     if differing:
         raise ConversionError(
             "tensors that every model-parallel part has a copy of differ between the parts; are "
-            "they of one model?\n  " + "\n  ".join(differing)
+            f"they of one model? {some(differing)}"
         )
 
 

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from llama_vision.checkpoint.files import find_shards
 from llama_vision.checkpoint.hub import download
 from llama_vision.cli.main import EXIT_INTERRUPTED, EXIT_USAGE
-from llama_vision.config import LlamaVisionError
+from llama_vision.errors import LlamaVisionError
 from llama_vision.memory.fit import human_bytes
 
 

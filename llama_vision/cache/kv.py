@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_vision.config import LlamaVisionError, TextConfig
+from llama_vision.config import TextConfig
+from llama_vision.errors import LlamaVisionError
 
 
 class CacheError(LlamaVisionError):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llama_vision.cache.visual_tokens import VisualTokens
-from llama_vision.config import LlamaVisionError
+from llama_vision.errors import LlamaVisionError
 
 Votes = Literal["all", "after", "last"]
 

@@ -14,10 +14,10 @@ from llama_vision.config import (
     Config,
     ConfigError,
     RopeScaling,
-    SettingError,
     TextConfig,
     VisionConfig,
 )
+from llama_vision.errors import SettingError
 
 
 def read_config(directory: Path) -> Config:

@@ -2,7 +2,8 @@
 
 import torch
 
-from llama_vision.config import DTYPES, SettingError
+from llama_vision.config import DTYPES
+from llama_vision.errors import SettingError
 
 
 def parse_device(name: str) -> torch.device:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from llama_vision.config import LlamaVisionError
+from llama_vision.errors import LlamaVisionError, some
 
 FLOATS = {
     "F64": torch.float64,
@@ -104,9 +104,3 @@ def _read_header(shard: Path) -> dict[str, Entry]:
         )
         for name, about in header.items()
     }
-
-
-def some(names: list[str], most: int = 8) -> str:
-    """The first of them, for a message, and how many more there are."""
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown}, and {len(names) - most} more"

@@ -10,7 +10,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from llama_vision.checkpoint.config_json import read_config
 from llama_vision.checkpoint.files import CheckpointError, find_shards
-from llama_vision.config import OFFICIAL_SIZES, Config, LlamaVisionError, official_config
+from llama_vision.config import OFFICIAL_SIZES, Config, official_config
+from llama_vision.errors import LlamaVisionError
 
 EXAMPLE_REPO = "meta-llama/Llama-3.2-11B-Vision-Instruct"
 NEEDED_FILES = ("*.json", "tokenizer.model", "*.safetensors")

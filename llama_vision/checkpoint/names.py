@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from llama_vision.checkpoint.files import FLOATS, CheckpointError, Entry, some
+from llama_vision.checkpoint.files import FLOATS, CheckpointError, Entry
+from llama_vision.errors import some
 
 NAME_TABLE = (
     # ours               published in 2024                  newer files

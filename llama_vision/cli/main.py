@@ -15,12 +15,12 @@ from llama_vision.checkpoint.devices import choose_dtype, parse_device
 from llama_vision.checkpoint.hub import load_config
 from llama_vision.cli.arguments import EXIT_USAGE, build_pruner, read_arguments
 from llama_vision.cli.reports import format_stats, make_report, print_plan
-from llama_vision.config import LlamaVisionError
 from llama_vision.engine.capture import check_compiler
 from llama_vision.engine.engine import Engine
 from llama_vision.engine.request import Request
 from llama_vision.engine.settings import Settings
 from llama_vision.engine.workload import DEFAULT_SEQ_LEN, workload_alike
+from llama_vision.errors import LlamaVisionError
 from llama_vision.inputs.chat import (
     Prompt,
     PromptError,

@@ -8,10 +8,11 @@ import torch
 
 from llama_vision.api import LlamaVision
 from llama_vision.cache.kv import Cache
-from llama_vision.config import Config, SettingError
+from llama_vision.config import Config
 from llama_vision.engine.engine import Engine
 from llama_vision.engine.request import Request
 from llama_vision.engine.workload import Workload
+from llama_vision.errors import SettingError
 from llama_vision.memory.fit import largest_settings
 from llama_vision.memory.free import known_free_memory
 from llama_vision.memory.plan import MemoryPlan, plan_run

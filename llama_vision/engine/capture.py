@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from llama_vision.config import SettingError
+from llama_vision.errors import SettingError
 
 
 @cache

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from llama_vision.cache.kv import Cache
 from llama_vision.cache.pruning import PruningError
-from llama_vision.config import LlamaVisionError
 from llama_vision.engine.capture import check_compiler
 from llama_vision.engine.decode import Decoder
 from llama_vision.engine.prefill import prefill
@@ -25,6 +24,7 @@ from llama_vision.engine.sampling import sample
 from llama_vision.engine.settings import Settings
 from llama_vision.engine.stopwatch import Stopwatch
 from llama_vision.engine.workload import DEFAULT_SEQ_LEN, Workload, slot_capacity
+from llama_vision.errors import LlamaVisionError
 from llama_vision.inputs.chat import Prompt
 from llama_vision.inputs.image import tile_image
 from llama_vision.model import kernels

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llama_vision.config import SettingError
+from llama_vision.errors import SettingError
 
 
 @dataclass(frozen=True)

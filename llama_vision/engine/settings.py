@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llama_vision.cache.pruning import Pruner
-from llama_vision.config import SettingError
 from llama_vision.engine.sampling import Sampling
 from llama_vision.engine.workload import PREFILL_CHUNK, budget_in_tokens
+from llama_vision.errors import SettingError
 from llama_vision.inputs.chat import PromptError
 
 

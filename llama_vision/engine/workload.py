@@ -6,8 +6,9 @@ from typing import Any
 
 from llama_vision.cache.pruning import PruningError
 from llama_vision.cache.visual_tokens import Grid
-from llama_vision.config import Config, SettingError
+from llama_vision.config import Config
 from llama_vision.engine.segments import cut_into_segments
+from llama_vision.errors import SettingError
 from llama_vision.inputs.chat import Prompt, check_prompt
 from llama_vision.inputs.image import TiledImage, check_tiles, grid_of
 

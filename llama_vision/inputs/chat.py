@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from llama_vision.config import LlamaVisionError
+from llama_vision.errors import LlamaVisionError
 from llama_vision.inputs.image import TiledImage, open_image
 from llama_vision.inputs.tokenizer import Tokenizer
 

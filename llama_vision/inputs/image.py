@@ -8,7 +8,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from llama_vision.config import LlamaVisionError, supported_grids
+from llama_vision.config import supported_grids
+from llama_vision.errors import LlamaVisionError
 
 # CLIP's colour statistics. Source: VariableSizeImageTransform and preprocessor_config.json.
 MEAN = (0.48145466, 0.4578275, 0.40821073)

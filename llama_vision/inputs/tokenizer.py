@@ -18,7 +18,8 @@ from typing import Protocol
 import sentencepiece
 import tiktoken
 
-from llama_vision.config import LlamaVisionError, TextConfig
+from llama_vision.config import TextConfig
+from llama_vision.errors import LlamaVisionError
 
 # Source: llama_models/llama3/tokenizer.py, Tokenizer.
 SPLIT_PATTERN = (

@@ -11,8 +11,9 @@ import torch
 from llama_vision.cache.kv import Cache
 from llama_vision.checkpoint.devices import choose_device, choose_dtype
 from llama_vision.checkpoint.hub import load_config
-from llama_vision.config import OFFICIAL_SIZES, Config, LlamaVisionError
+from llama_vision.config import OFFICIAL_SIZES, Config
 from llama_vision.engine.workload import PREFILL_CHUNK, PromptSize, Workload, workload_alike
+from llama_vision.errors import LlamaVisionError
 from llama_vision.memory.free import free_memory
 from llama_vision.memory.plan import plan_run, weight_bytes
 from llama_vision.memory.units import human_bytes

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from llama_vision.checkpoint.devices import choose_device
-from llama_vision.config import SettingError
+from llama_vision.errors import SettingError
 
 
 def free_memory(device: torch.device | str) -> int | None:

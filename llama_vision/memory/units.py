@@ -2,7 +2,7 @@
 
 import re
 
-from llama_vision.config import SettingError
+from llama_vision.errors import SettingError
 
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
