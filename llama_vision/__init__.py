@@ -18,10 +18,10 @@ import warnings
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 from llama_vision.api import LlamaVision
-from llama_vision.cache.pruning import (
+from llama_vision.cache.pruning import Pruner
+from llama_vision.cache.rules import (
     KeyNorm,
     LastQuery,
-    Pruner,
     RandomTokens,
     TopK,
     TrimmedLlama,

@@ -1,6 +1,7 @@
 """The face that people use: a loaded checkpoint that answers."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,13 @@ import torch
 from torch import Tensor
 
 from llama_vision.cache.kv import Cache
-from llama_vision.checkpoint.config_json import read_config, read_generation_config
+from llama_vision.cache.pruning import Pruner, needs_copies
+from llama_vision.checkpoint.config_json import read_config
 from llama_vision.checkpoint.devices import choose_device, choose_dtype
+from llama_vision.checkpoint.generation_json import read_generation_config
 from llama_vision.checkpoint.hub import find_checkpoint
 from llama_vision.checkpoint.loading import load_model
+from llama_vision.engine.choose import not_finite
 from llama_vision.engine.engine import Engine
 from llama_vision.engine.prefill import prefill
 from llama_vision.engine.request import Completion, Request
@@ -19,15 +23,15 @@ from llama_vision.engine.sampling import Sampling
 from llama_vision.engine.settings import Settings
 from llama_vision.engine.workload import PromptSize, Workload
 from llama_vision.errors import SettingError
-from llama_vision.inputs.chat import Prompt, PromptError, chat_prompt
+from llama_vision.inputs.chat import Prompt, chat_prompt
 from llama_vision.inputs.image import TiledImage, tile_image
+from llama_vision.inputs.prompts import Messages, is_alone, read_prompts
 from llama_vision.inputs.tokenizer import Tokenizer, load_tokenizer, needed
 from llama_vision.memory.fit import Room, check_before_download, check_weights_fit
 from llama_vision.memory.ledger import Ledger
 from llama_vision.memory.plan import MemoryPlan, plan_run
 from llama_vision.model.model import LlamaVisionModel, model_without_weights
-
-Messages = Sequence[Mapping[str, Any]]
+from llama_vision.values import Flag, Whole, check, check_flags
 
 
 class LlamaVision:
@@ -48,6 +52,10 @@ class LlamaVision:
         self.tokenizer = tokenizer
         self.sampling = sampling or Sampling()
         self.stop_ids = frozenset(self.config.text.eos_token_ids if stop_ids is None else stop_ids)
+        if tokenizer is not None:  # a turn ends there, whatever the checkpoint's files leave out
+            self.stop_ids |= {tokenizer.special_ids[name] for name in ("<|eot_id|>", "<|eom_id|>")}
+        self.unsupported_settings: tuple[str, ...] = ()
+        """What generation_config.json asks for beside that, by name: it is left out."""
 
     @classmethod
     def from_pretrained(
@@ -70,7 +78,7 @@ class LlamaVision:
             LlamaVisionError: of the kind that fits: where it is not found, not complete, not
                 consistent, or the device is not there or too small.
         """
-        if not force:
+        if not check("force", force, Flag()):
             check_before_download(source, dtype, device)
         checkpoint = cls.without_weights(source, device=device, dtype=dtype)
         checkpoint.load_weights(force=force)
@@ -90,12 +98,13 @@ class LlamaVision:
         tokenizer = load_tokenizer(directory, config.text)
         defaults = read_generation_config(directory)
         try:
-            sampling = Sampling(defaults.temperature, defaults.top_p, defaults.top_k)
+            sampling = Sampling(**{f.name: getattr(defaults, f.name) for f in fields(Sampling)})
         except SettingError as error:
             raise SettingError(f"{directory}/generation_config.json: {error}") from None
         model = model_without_weights(config).to(choose_dtype(dtype, config.dtype))
         outline = cls(model, tokenizer, sampling=sampling, stop_ids=defaults.stop_ids)
         outline.directory, outline.device = directory, chosen
+        outline.unsupported_settings = defaults.unsupported
         return outline
 
     def load_weights(self, *, force: bool = False) -> None:
@@ -107,14 +116,19 @@ class LlamaVision:
 
     def logits(
         self,
-        prompt: Prompt,
+        prompt: Prompt | Messages,
         *,
-        pruner: Any = None,
+        pruner: Pruner | None = None,
         visual_budget: float | int | None = None,
         max_tiles: int | None = None,
     ) -> Tensor:
-        """The prompt's own logits: [S, vocabulary], float32. For the settings see `Settings`."""
+        """The prompt's own logits: [S, vocabulary], float32. For the settings see `Settings`.
+
+        Raises:
+            LlamaVisionError: see `start`; or the logits are not finite.
+        """
         self._need_weights()
+        (prompt,) = read_prompts([prompt], self.prompt)
         load = self.workload(
             [prompt],
             pruner=pruner,
@@ -134,23 +148,23 @@ class LlamaVision:
             visual_budgets=[] if visual_budget is None else [visual_budget],
             every_row=True,
         )
+        if not logits.isfinite().all():
+            raise not_finite(self.model)
         return logits
 
     def generate(
-        self, prompts: Prompt | Messages | Sequence[Prompt], **settings: Any
+        self, prompts: Prompt | Messages | Sequence[Prompt | Messages], **settings: Any
     ) -> Completion | list[Completion]:
         """Answer one prompt, or several together; each as if it were alone.
 
         Args:
-            prompts: a `Prompt`, messages for `prompt`, or a list of prompts.
+            prompts: a `Prompt`, messages for `prompt`, or a list of such.
             settings: see `start`.
 
         Returns:
             A `Completion`, or for a list of prompts a list in the same order.
         """
-        if not isinstance(prompts, Prompt) and prompts and isinstance(prompts[0], Mapping):
-            prompts = self.prompt(prompts)
-        alone = isinstance(prompts, Prompt)
+        alone = is_alone(prompts)
         engine, requests = self.start([prompts] if alone else prompts, **settings)
         completions = engine.run(*requests)
         return completions[0] if alone else completions
@@ -163,15 +177,14 @@ class LlamaVision:
             settings: see `start`.
         """
         self.need_tokenizer()
-        if not isinstance(prompt, Prompt):
-            prompt = self.prompt(prompt)
         engine, (request,) = self.start([prompt], **settings)
         yield from engine.stream(request)
 
     def start(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Prompt | Messages],
         *,
+        seed: int | Sequence[int] | None = None,
         slots: int | None = None,
         compiled: bool = False,
         graphs: bool = True,
@@ -182,6 +195,7 @@ class LlamaVision:
         """Check the settings, allocate the cache, and hand the prompts to an engine of their size.
 
         Args:
+            seed: one for each prompt, or one from which they count; see `Settings.of_samples`.
             slots: how many are answered at once; None for all of them, or as many as fit.
             compiled, graphs: see `Engine`.
             track_memory: note the peaks of memory in the engine's `ledger`, which takes some time.
@@ -191,38 +205,52 @@ class LlamaVision:
         Raises: LlamaVisionError for what is out of range, inconsistent, or does not fit.
         """
         self._need_weights()
+        check_flags(track_memory=track_memory, force=force)
+        prompts = read_prompts(prompts, self.prompt)
+        of_each = Settings().but(**settings).of_samples(len(prompts), seed)
         load = self.workload(prompts, slots=slots, **settings)
         load = load if force else self.room.fitted(load, slots)
-        sizes = load.cache_sizes(self.config)
-        later = None if load.open_ended else sizes["visual_capacity"]
-        engine = Engine(
-            self,
-            slots=load.slots,
-            max_seq_len=load.max_text_tokens,
-            visual_capacity=(later, sizes["first_visual_capacity"]),
-            compiled=compiled,
-            graphs=graphs,
-            force=True,
-        )
-        engine.workload, settings["max_seq_len"] = load, load.max_text_tokens
+        engine = self._sized_engine(load, compiled=compiled, graphs=graphs)
         if track_memory:
             engine.ledger = Ledger(self.device, *self.model.parameters(), *engine.cache.tensors)
-        return engine, [engine.submit(prompt, **settings) for prompt in prompts]
+        most = load.max_text_tokens
+        pairs = zip(prompts, of_each, strict=True)
+        return engine, [engine.submit(prompt, own, max_seq_len=most) for prompt, own in pairs]
 
-    def plan(self, prompts: Sequence[Prompt], **settings: Any) -> MemoryPlan:
+    def _sized_engine(self, load: Workload, **how: bool) -> Engine:
+        """An engine whose cache is as large as a workload needs it; `how` to decode."""
+        sizes = load.cache_sizes(self.config)
+        later = None if load.open_ended else sizes["visual_capacity"]
+        capacity = (later, sizes["first_visual_capacity"])
+        most = load.max_text_tokens
+        engine = Engine(
+            self, slots=load.slots, max_seq_len=most, visual_capacity=capacity, force=True, **how
+        )
+        engine.workload = load
+        return engine
+
+    def plan(self, prompts: Sequence[Prompt | Messages], **settings: Any) -> MemoryPlan:
         """The memory that `start` with these settings would take; nothing is allocated."""
         workload = self.workload(prompts, **settings)
         return plan_run(self.config, workload, dtype=self.model.dtype, device=self.device)
 
     def workload(
-        self, prompts: Sequence[Prompt], *, slots: int | None = None, **settings: Any
+        self,
+        prompts: Sequence[Prompt | Messages],
+        *,
+        slots: int | None = None,
+        seed: int | Sequence[int] | None = None,
+        **settings: Any,
     ) -> Workload:
         """The sizes of the run that `start` would make of the same; no picture is cut up."""
-        asked, config = Settings(**settings), self.config
-        if not prompts:
-            raise PromptError("no prompt was given; expected at least one")
-        if slots is not None and slots < 1:
-            raise SettingError(f"slots is {slots}; expected 1 or more")
+        asked, config, prompts = (
+            Settings().but(**settings),
+            self.config,
+            read_prompts(prompts, self.prompt),
+        )
+        asked.of_samples(len(prompts), seed)
+        if slots is not None:
+            check("slots", slots, Whole(1))
         tiles = asked.limited("max_tiles", config.vision.max_num_tiles)
         sizes = tuple(PromptSize.of(prompt, config, tiles) for prompt in prompts)
         allowed = config.text.max_position_embeddings
@@ -232,6 +260,7 @@ class LlamaVision:
             max(asked.limit(len(size.token_ids), allowed) for size in sizes),
             asked.prefill_chunk,
             pruned=asked.pruner is not None,
+            needs_copies=asked.pruner is not None and needs_copies(asked.pruner),
             visual_budget=asked.visual_budget,
             trim_first_layer=getattr(asked.pruner, "trim_first_layer", True),
             padding_tiles_alike=self.model.vision.padding_tiles_alike,

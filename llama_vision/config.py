@@ -1,19 +1,21 @@
 """The architecture in numbers.
 
-Nothing here has a default: a number that is not given is an error, not a guess. The field names are
-those of an official `config.json`, so that one can be read beside this file.
+Nothing here has a default but the place of `<|image|>`: a number that is not given is an error, not
+a guess. The field names are those of an official `config.json`, so that one can be read beside this
+file.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from llama_vision.errors import LlamaVisionError
+from llama_vision.errors import LlamaVisionError, quote
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+MOST_PIXELS = 4096
 MOST_TILES = 1024
-"""Far beyond any published model: a larger `max_num_tiles` is a damaged file."""
+"""Sides and number of tiles: far beyond any published model (560 pixels, 4 tiles)."""
 
 EXTRA_EMBEDDINGS = 8
 """Rows of the embedding past the vocabulary; the first is `<|image|>`. The head has none."""
@@ -99,6 +101,9 @@ class TextConfig:
     max_position_embeddings: int
     bos_token_id: int
     eos_token_ids: tuple[int, ...]
+    image_token_index: int | None = None
+    """The id of `<|image|>` where it is not the first one past the vocabulary: fine-tuning that
+    adds tokens enlarges the vocabulary around it."""
 
     @property
     def head_dim(self) -> int:
@@ -117,8 +122,18 @@ class TextConfig:
 
     @property
     def image_token_id(self) -> int:
-        """The id of `<|image|>`: the first one past the vocabulary."""
-        return self.vocab_size
+        """The id of `<|image|>`. Below `vocab_size` the head has a row for it, of no meaning."""
+        return self.vocab_size if self.image_token_index is None else self.image_token_index
+
+    @property
+    def embedding_rows(self) -> int:
+        """Rows of the embedding."""
+        return self.vocab_size + EXTRA_EMBEDDINGS
+
+    @property
+    def largest_token_id(self) -> int:
+        """The largest id that a prompt may hold."""
+        return max(self.vocab_size - 1, self.image_token_id)
 
 
 @dataclass(frozen=True)
@@ -165,7 +180,7 @@ def official_config(name: str) -> Config:
     """
     if name not in OFFICIAL_SIZES:
         names = ", ".join(OFFICIAL_SIZES)
-        raise ConfigError(f"no official model is called {name!r}; there are {names}")
+        raise ConfigError(f"no official model is called {quote(name)}; there are {names}")
     hidden_size, intermediate_size, num_hidden_layers, num_attention_heads = OFFICIAL_SIZES[name]
     text = TextConfig(
         vocab_size=128256,

@@ -9,13 +9,15 @@ and a function has `check` look at one of its arguments.
 """
 
 import dataclasses
+import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from numbers import Integral, Real
-from typing import Any, Protocol, get_type_hints
+from typing import Annotated, Any, Protocol, get_origin, get_type_hints
 
-from llama_vision.errors import LlamaVisionError, SettingError, quote
+from llama_vision.errors import LlamaVisionError, SettingError, printable, quote
 
 LARGEST = 2**63 - 1
 """The largest whole number that torch counts with."""
@@ -151,6 +153,20 @@ class Function:
 
 
 @dataclass(frozen=True)
+class Instance:
+    """An object of a class."""
+
+    of: type
+    expected: str
+
+    def read(self, value: Any) -> Any:
+        """See `Kind`."""
+        if not isinstance(value, self.of):
+            raise ValueError
+        return value
+
+
+@dataclass(frozen=True)
 class ListOf:
     """Several values of one kind, in order; a text is no list."""
 
@@ -166,7 +182,7 @@ class ListOf:
     def read(self, value: Any) -> tuple:
         """See `Kind`."""
         is_list = isinstance(value, (Sequence, set, frozenset))
-        if not is_list or isinstance(value, (str, bytes)) or len(value) < self.least:
+        if not is_list or isinstance(value, (str, bytes, bytearray)) or len(value) < self.least:
             raise ValueError
         return tuple(self.each.read(one) for one in value)
 
@@ -176,11 +192,13 @@ class Either:
     """A value of the first kind that takes it."""
 
     kinds: tuple[Kind, ...]
+    words: str = ""
+    """What to say instead of the kinds' own words."""
 
     @property
     def expected(self) -> str:
         """All of them."""
-        return ", or ".join(kind.expected for kind in self.kinds)
+        return self.words or ", or ".join(kind.expected for kind in self.kinds)
 
     def read(self, value: Any) -> Any:
         """See `Kind`."""
@@ -206,18 +224,48 @@ def check(
         raise error(f"{name} is {quote(value)}; expected {kind.expected}") from None
 
 
-def check_fields(settings: Any, *, error: type[LlamaVisionError] = SettingError) -> None:
+def check_flags(**flags: Any) -> None:
+    """Raise SettingError for the first of some arguments, by name, that is not True or False."""
+    for name, flag in flags.items():
+        check(name, flag, Flag())
+
+
+def check_names(what: str, given: Iterable[str], names: Sequence[str]) -> None:
+    """Raise SettingError for a keyword that is none of `names`; says which one is near."""
+    for name in given:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            expected = near[0] if near else f"one of {', '.join(names)}"
+            raise SettingError(f"there is no {what} {printable(name)}; expected {expected}")
+
+
+def check_fields(
+    settings: Any,
+    *,
+    error: type[LlamaVisionError] = SettingError,
+    errors: Mapping[str, type[LlamaVisionError]] = {},
+) -> None:
     """Check all fields of a frozen dataclass whose annotation has a kind, and make them plain.
 
     None is taken where it is the field's default.
 
     Raises:
-        LlamaVisionError: see `check`.
+        LlamaVisionError: see `check`; of the kind that `errors` has for a field, else `error`.
     """
-    hints = get_type_hints(type(settings), include_extras=True)
-    for field in dataclasses.fields(settings):
-        kinds = getattr(hints[field.name], "__metadata__", ())
+    for field, kind in _kinds(type(settings)):
         value = getattr(settings, field.name)
-        if kinds and not (value is None and field.default is None):
-            plain = check(field.name, value, kinds[0], error=error)
+        if not (value is None and field.default is None):
+            plain = check(field.name, value, kind, error=errors.get(field.name, error))
             object.__setattr__(settings, field.name, plain)
+
+
+@cache
+def _kinds(settings: type) -> list[tuple[dataclasses.Field, Kind]]:
+    """The fields of a dataclass that have a kind; looking into annotations is slow."""
+    hints = get_type_hints(settings, include_extras=True)
+    fields = [
+        field
+        for field in dataclasses.fields(settings)
+        if get_origin(hints[field.name]) is Annotated
+    ]
+    return [(field, hints[field.name].__metadata__[0]) for field in fields]

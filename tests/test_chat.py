@@ -1,10 +1,21 @@
+from array import array
+
+import numpy as np
 import pytest
+import torch
 from conftest import golden_json
 from PIL import Image
 
 from llama_vision.engine.segments import cut_into_segments
-from llama_vision.inputs.chat import PromptError, chat_prompt, completion_prompt, place_images
-from llama_vision.inputs.image import ImageError
+from llama_vision.inputs.chat import (
+    Prompt,
+    PromptError,
+    chat_prompt,
+    check_prompt,
+    completion_prompt,
+    place_images,
+)
+from llama_vision.inputs.image import ImageError, TiledImage
 
 GOLDEN = golden_json("tokenizer")
 BOS, EOT, IMAGE = 128000, 128009, 128256
@@ -42,7 +53,7 @@ def golden_messages(case):
 @pytest.mark.parametrize("case", GOLDEN["dialogs"], ids=lambda case: case["name"])
 def test_dialogs(case, tokenizer):
     prompt = chat_prompt(golden_messages(case), tokenizer)
-    assert prompt.token_ids == case["tokens"]
+    assert list(prompt.token_ids) == case["tokens"]
     assert len(prompt.images) == case["tokens"].count(IMAGE)
     assert ranges(prompt.token_ids) == (case["ranges"] or [])
 
@@ -50,7 +61,7 @@ def test_dialogs(case, tokenizer):
 @pytest.mark.parametrize("case", GOLDEN["completions"], ids=lambda case: case["name"])
 def test_completions(case, tokenizer):
     prompt = completion_prompt(with_images(case["content"]), tokenizer)
-    assert prompt.token_ids == case["tokens"]
+    assert list(prompt.token_ids) == case["tokens"]
     assert len(prompt.images) == case["tokens"].count(IMAGE)
     assert ranges(prompt.token_ids) == (case["ranges"] or [])
 
@@ -79,7 +90,7 @@ def test_images_keep_their_order(tokenizer):
         {"role": "assistant", "content": "yes"},
         {"role": "user", "content": ["now", BLUE, RED]},
     ]
-    assert chat_prompt(messages, tokenizer).images == [RED, BLUE, RED]
+    assert chat_prompt(messages, tokenizer).images == (RED, BLUE, RED)
 
 
 @pytest.mark.parametrize(
@@ -94,16 +105,7 @@ def test_images_keep_their_order(tokenizer):
 )
 def test_contents_can_be_written_in_several_ways(content, tokenizer):
     prompt = completion_prompt(content, tokenizer)
-    assert (prompt.token_ids, prompt.images) == ([BOS, IMAGE, *tokenizer.encode("hi")], [RED])
-
-
-def test_an_image_can_be_a_path(tokenizer, tmp_path):
-    RED.save(tmp_path / "red.png")
-    for path in (tmp_path / "red.png", str(tmp_path / "red.png")):
-        (image,) = completion_prompt({"type": "image", "image": path}, tokenizer).images
-        assert image.getpixel((0, 0)) == (255, 0, 0)
-    with pytest.raises(ImageError, match="does not exist"):
-        completion_prompt({"type": "image", "image": tmp_path / "none.png"}, tokenizer)
+    assert prompt == Prompt([BOS, IMAGE, *tokenizer.encode("hi")], [RED])
 
 
 @pytest.mark.parametrize(
@@ -126,21 +128,122 @@ def test_as_many_images_as_places(images):
         place_images("<|image|> or <|image|>", images)
 
 
+@pytest.mark.parametrize("end", [None, "eot", "eom"])
+def test_a_turn_ends_as_it_says(end, tokenizer):
+    messages = [{"role": "user", "content": "hi", "end": end}]
+    ids = chat_prompt(messages, tokenizer).token_ids
+    assert tokenizer.special_ids[f"<|{end or 'eot'}_id|>"] in ids
+
+
+def test_a_developer_is_the_system(tokenizer):
+    def ids(role):
+        return chat_prompt([{"role": role, "content": "Be brief."}], tokenizer).token_ids
+
+    assert ids("developer") == ids("system") != ids("user")
+
+
+@pytest.mark.parametrize("end", ["stop", 1, True, [], ["eom"], b"eom"], ids=str)
+def test_another_end_is_refused(end, tokenizer):
+    with pytest.raises(PromptError, match=r'end is .*; expected "eot" or "eom"'):
+        chat_prompt([{"role": "user", "content": "hi", "end": end}], tokenizer)
+
+
+# Prompts made by hand
+
+
 @pytest.mark.parametrize(
-    ("messages", "says"),
+    "ids",
     [
-        ([], "conversation is empty"),
-        (["hi"], "is no message"),
-        ([{"role": "user"}], "is no message"),
-        ([{"role": "tool", "content": "x"}], "role 'tool' is unknown"),
-        ([{"role": "user", "content": 7}], "content of type int"),
-        ([{"role": "user", "content": None}], "content of type NoneType"),
-        ([{"role": "user", "content": [{"type": "video", "video": 1}]}], "is no content"),
-        ([{"role": "user", "content": [{"type": "text"}]}], "is no content"),
-        ([{"role": "user", "content": [{"type": "image"}]}], "is no content"),
+        [1, 2, 3],
+        (1, 2, 3),
+        range(1, 4),
+        array("l", [1, 2, 3]),
+        np.array([1, 2, 3]),
+        np.array([1, 2, 3], np.uint8),
+        list(np.array([1, 2, 3])),
+        torch.tensor([1, 2, 3]),
+        torch.tensor([1, 2, 3], dtype=torch.int16),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ids=lambda ids: type(ids).__name__,
 )
-def test_what_is_no_conversation_is_refused(messages, says, tokenizer):
-    with pytest.raises(PromptError, match=says):
-        chat_prompt(messages, tokenizer)
+def test_token_ids_become_plain(ids):
+    kept = Prompt(ids).token_ids
+    assert kept == (1, 2, 3)
+    assert {type(token) for token in kept} == {int}
+
+
+WRONG_IDS = [True, 1.0, float("nan"), "1", None, [1], 1j, np.float32(1), np.bool_(True), b"1"]
+
+
+@pytest.mark.parametrize("wrong", WRONG_IDS, ids=lambda it: repr(it).partition(" at 0x")[0])
+def test_a_token_id_that_is_no_whole_number_is_named(wrong):
+    with pytest.raises(PromptError, match=r"token id 2 is .*; expected a whole number"):
+        Prompt([1, 2, wrong, None])
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        None,
+        5,
+        "hi",
+        b"hi",
+        bytearray(2),
+        memoryview(b"hi"),
+        {1, 2},
+        {1: 2},
+        iter([1]),
+        object(),
+        np.zeros((1, 2), int),
+        np.array(1),
+        np.array([1.0]),
+        np.array([True]),
+        torch.zeros(1, 2, dtype=torch.long),
+        torch.tensor(1),
+        torch.tensor([0.5]),
+        torch.zeros(2, dtype=torch.long, device="meta"),
+        range(10**12),
+        range(10**30),
+    ],
+    ids=lambda ids: type(ids).__name__,
+)
+def test_what_is_no_list_of_token_ids_is_refused(ids):
+    with pytest.raises(PromptError, match="expected"):
+        Prompt(ids)
+
+
+@pytest.mark.parametrize(
+    "images", [None, 5, "a.png", b"x", RED, {RED.mode: RED}, iter([RED])], ids=lambda i: type(i)
+)
+def test_what_is_no_list_of_images_is_refused(images):
+    with pytest.raises(PromptError, match=r"images is .*; expected a list of pictures"):
+        Prompt([1], images)
+
+
+def test_images_are_opened_once_and_tiles_stay(tmp_path):
+    RED.save(tmp_path / "red.png")
+    tiles = TiledImage(torch.zeros(1, 3, 4, 4), (1, 1), 1)
+    opened = Prompt([1], [RED, tmp_path / "red.png", np.asarray(RED), tiles]).images
+    assert opened[:3] == (RED, RED, RED)
+    assert opened[0] is RED
+    assert opened[3] is tiles
+    for wrong in (7, None, "none.png", [RED]):
+        with pytest.raises(ImageError, match="image"):
+            Prompt([1], [wrong])
+
+
+@pytest.mark.parametrize("largest", [None, IMAGE, IMAGE + 7])
+def test_token_ids_are_those_with_an_embedding(largest):
+    top = largest or IMAGE
+    check_prompt(Prompt([0, top] if top != IMAGE else [0]), IMAGE, largest)
+    for wrong in (-1, top + 1, 10**400):
+        with pytest.raises(PromptError, match=rf"is out of range; expected 0 to {top}"):
+            check_prompt(Prompt([0, wrong]), IMAGE, largest)
+
+
+@pytest.mark.parametrize("ids", [[1], [IMAGE, IMAGE]], ids=len)
+def test_as_many_images_as_ids_for_them(ids):
+    with pytest.raises(PromptError, match=rf"has {ids.count(IMAGE)} .* and 1 images"):
+        check_prompt(Prompt(ids, [RED]), IMAGE)
+    with pytest.raises(PromptError, match="prompt is empty"):
+        check_prompt(Prompt([]), IMAGE)

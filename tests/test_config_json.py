@@ -1,25 +1,33 @@
 """The numbers of config.json: both layouts, every contradiction; generation_config.json."""
 
 import json
+import os
 import re
 import shutil
 
 import pytest
 import torch
 from conftest import TINY, golden_json
+from safetensors.torch import save_file
 
 from llama_vision import LlamaVision
+from llama_vision.checkpoint import config_json
 from llama_vision.checkpoint.config_json import (
-    GenerationDefaults,
     config_from_dict,
     config_to_dict,
     read_config,
+)
+from llama_vision.checkpoint.generation_json import (
+    UNSUPPORTED,
+    UNSUPPORTED_DRAWS,
+    GenerationDefaults,
     read_generation_config,
 )
 from llama_vision.checkpoint.names import official_names
 from llama_vision.config import ConfigError, RopeScaling, official_config
 from llama_vision.errors import SettingError
 from llama_vision.model.model import LlamaVisionModel
+from llama_vision.reading import MOST_BYTES
 
 MISSING = object()
 OFFICIAL = {"11b": (906, 10_670_220_835), "90b": (1_494, 88_593_355_323)}
@@ -130,18 +138,27 @@ def test_a_missing_field_is_named(path):
         config_from_dict(edited(path, MISSING))
 
 
-def test_a_missing_type_is_named():
-    data = edited("torch_dtype", MISSING)
+@pytest.mark.parametrize("name", [MISSING, None, "auto"], ids=["missing", "null", "auto"])
+def test_a_type_that_is_not_told_is_that_of_the_weights(tmp_path, name):
+    data = edited("torch_dtype", name)
     del data["text_config"]["torch_dtype"]
-    with pytest.raises(ConfigError, match="torch_dtype is missing, expected one of float32, bfl"):
-        config_from_dict(data)
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    assert read_config(tmp_path).dtype == config_from_dict(data).dtype == torch.bfloat16
+    tensors = {"small": torch.ones(2), "large": torch.ones(99, dtype=torch.float16)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert read_config(tmp_path).dtype == torch.float16
+    save_file({"a": torch.ones(9, dtype=torch.float64)}, tmp_path / "model.safetensors")
+    assert read_config(tmp_path).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
     ("path", "value", "expected"),
     [
         ("model_type", "llava", "'mllama'"),
-        ("image_token_index", 511, "vocab_size = 512"),
+        ("image_token_index", 520, "an integer from 1 to 519"),
+        ("image_token_index", 0, "an integer from 1 to 519"),
+        ("image_token_id", "512", "an integer from 1 to 519"),
+        ("text_config.bos_token_id", 512, "an integer from 0 to 511"),
         ("torch_dtype", "int8", "one of float32, bfloat16, float16"),
         ("torch_dtype", [], "one of float32, bfloat16, float16"),
         ("text_config", [], "an object"),
@@ -192,14 +209,87 @@ def test_a_contradiction_names_field_value_and_what_is_expected(path, value, exp
         ("", "cannot be read as JSON"),
         ('{"model_type": ', "cannot be read as JSON"),
         ("[]", "holds a list, expected a JSON object"),
+        ('{"model_type": 1, "model_type": 2}', "'model_type' stands twice"),
+        ('{"a": ' * 100_000, "nested too deeply"),
+        ('{"a": ' + "9" * 5000 + "}", "cannot be read as JSON"),
+        ('{"a": [' + "[]," * 2**20 + "0]}", "holds more than 1,048,576 lists"),
+        (" " * (MOST_BYTES + 1), "larger than 33,554,432 bytes"),
+        (b'{"model_type": "\xff' + b"x" * 9999, "byte 16 is not UTF-8"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path, text, says):
     if text is not None:
-        (tmp_path / "config.json").write_text(text)
+        data = text if isinstance(text, bytes) else text.encode()
+        (tmp_path / "config.json").write_bytes(data)
     with pytest.raises(ConfigError, match=says) as error:
         read_config(tmp_path)
     assert str(tmp_path) in str(error.value)
+    assert len(str(error.value)) <= 600
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda path: path.mkdir(), "it is not a file"),
+        (lambda path: path.symlink_to("nowhere"), "No such file"),
+        (lambda path: path.symlink_to(path), "symbolic links"),
+        (os.mkfifo, "it is not a file"),
+    ],
+)
+def test_what_is_no_file_is_named_and_not_waited_for(tmp_path, make, says):
+    make(tmp_path / "config.json")
+    with pytest.raises(ConfigError, match=says):
+        read_config(tmp_path)
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(tiny_json()), encoding="utf-8-sig")
+    assert read_config(tmp_path) == read_config(TINY)
+
+
+SIZES = {
+    "text_config.num_hidden_layers": 100,
+    "text_config.hidden_size": 8192,
+    "text_config.intermediate_size": 28672,
+    "text_config.num_attention_heads": 64,
+    "text_config.num_key_value_heads": 8,
+    "text_config.vocab_size": 128_256,
+    "vision_config.num_hidden_layers": 32,
+    "vision_config.num_global_layers": 8,
+    "vision_config.hidden_size": 1280,
+    "vision_config.intermediate_size": 5120,
+    "vision_config.attention_heads": 16,
+    "vision_config.image_size": 560,
+    "vision_config.patch_size": 14,
+    "vision_config.max_num_tiles": 4,
+}
+"""The largest published."""
+
+
+@pytest.mark.parametrize("path", SIZES)
+@pytest.mark.parametrize("size", [10**6, 10**9, 2**31, 10**30])
+def test_a_size_far_beyond_any_published_one_is_refused(path, size):
+    limit = config_json.MOST_TOKENS if "vocab" in path else config_json.MOST_WIDTH
+    size += limit if size == 10**6 else 0
+    assert 2 * SIZES[path] <= limit
+    with pytest.raises(
+        ConfigError, match=rf"{re.escape(path)} is {size}, expected an integer from"
+    ):
+        config_from_dict(edited(path, size))
+
+
+def test_patches_that_are_too_many_are_refused():
+    data = edited("vision_config.image_size", 257)
+    data["vision_config"]["patch_size"] = 1
+    with pytest.raises(ConfigError, match="patch_size is 1, expected at most 256 patches"):
+        config_from_dict(data)
+
+
+def test_sizes_that_are_sane_alone_may_be_too_large_together():
+    data = edited("text_config.hidden_size", 2**20)
+    data["text_config"]["intermediate_size"] = 2**20
+    with pytest.raises(ConfigError, match=r"make 7\.7e\+13 weights together"):
+        config_from_dict(data)
 
 
 @pytest.mark.parametrize("path", NEEDED)
@@ -269,6 +359,9 @@ def test_without_a_file_answers_are_greedy(tmp_path):
         (DRAWN, GenerationDefaults()),
         ({"do_sample": False, "temperature": -1}, GenerationDefaults()),
         ({"do_sample": True}, GenerationDefaults(temperature=1.0)),
+        ({"do_sample": None, "temperature": None}, GenerationDefaults()),
+        ({"repetition_penalty": 1.2, "min_p": 0.1}, GenerationDefaults(repetition_penalty=1.2)),
+        ({"do_sample": True, "min_p": 0.1}, GenerationDefaults(1.0, min_p=0.1)),
         ({"do_sample": True, "top_k": None}, GenerationDefaults(temperature=1.0)),
         ({"do_sample": True, **DRAWN, "eos_token_id": [3]}, GenerationDefaults(0.6, 0.9, 5, (3,))),
     ],
@@ -285,7 +378,11 @@ def test_random_draws_are_those_that_the_file_asks_for(tmp_path, data, expected)
         *("", "{", "[]"),
         *(json.dumps({"do_sample": True, "temperature": t}) for t in ("warm", -0.1, float("inf"))),
         *(json.dumps({"do_sample": True, "top_p": p}) for p in (0, float("nan"), 1.5, [])),
-        json.dumps({"do_sample": True, "top_k": -1}),
+        *(json.dumps({"do_sample": True, "top_k": k}) for k in (-1, 5.0, "5", True, [5])),
+        *(json.dumps({"eos_token_id": ids}) for ids in ([], True, "2", 1.0, -1, [True], [[1]], {})),
+        *(json.dumps({"repetition_penalty": p}) for p in ("1", [], True, float("nan"), 0)),
+        *(json.dumps({"do_sample": True, "min_p": p}) for p in ("1", 2, -1, 10**400)),
+        *(json.dumps({"do_sample": flag}) for flag in ("yes", 1, [])),
     ],
 )
 def test_defaults_that_cannot_be_had_name_the_file(tmp_path, text):
@@ -294,3 +391,26 @@ def test_defaults_that_cannot_be_had_name_the_file(tmp_path, text):
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(SettingError, match=re.escape(str(tmp_path / "generation_config.json"))):
         LlamaVision.without_weights(tmp_path, device="cpu")
+
+
+NEUTRAL = {
+    **dict.fromkeys(UNSUPPORTED | UNSUPPORTED_DRAWS),
+    **UNSUPPORTED,
+    **UNSUPPORTED_DRAWS,
+    "suppress_tokens": [],
+    "bad_words_ids": [],
+}
+STRANGE = {
+    **{"num_beams": 4, "no_repeat_ngram_size": 3, "bad_words_ids": [[1]], "guidance_scale": 1.5},
+    **{"forced_eos_token_id": 2, "typical_p": 0.9, "min_length": "x", "stop_strings": ["a"]},
+}
+
+
+@pytest.mark.parametrize("draws", [True, False])
+def test_settings_that_would_change_an_answer_and_are_not_built_are_told(tmp_path, draws):
+    def unsupported(data: dict) -> set[str]:
+        (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": draws} | data))
+        return set(read_generation_config(tmp_path).unsupported)
+
+    assert unsupported({**NEUTRAL, "max_length": 20, "cache_implementation": "x"}) == set()
+    assert unsupported(STRANGE) == STRANGE.keys() - (set() if draws else {"typical_p"})

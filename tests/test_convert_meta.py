@@ -385,7 +385,7 @@ def test_a_missing_part_is_named(tmp_path, target, number):
     source = write_meta(tmp_path / "source", *share_out(as_meta(OFFICIAL), 4))
     (source / f"consolidated.{number:02d}.pth").unlink()
     message = refused(source, target)
-    assert "expected consolidated.00.pth, consolidated.01.pth, consolidated.02.pth, " in message
+    assert "expected consolidated.00.pth to consolidated.03.pth, " in message
     assert "consolidated.03.pth, all the model-parallel parts" in message
 
 
@@ -435,6 +435,11 @@ def test_a_wrong_shape_is_named(tmp_path, target, shape):
         (json.dumps({"dim": 64}), "n_layers is None, expected a positive number"),
         (json.dumps(TINY_PARAMS | {"dim": "64"}), "dim is '64', expected a positive number"),
         (json.dumps(TINY_PARAMS | {"n_heads": 3}), "num_attention_heads is 3, expected a divisor"),
+        (json.dumps(TINY_PARAMS | {"n_layers": 10**9}), "1000000000 layers and 2 for images"),
+        (json.dumps(TINY_PARAMS | {"n_layers": 10**4000}), "n_layers is 1000000"),
+        (json.dumps(TINY_PARAMS | {"norm_eps": float("inf")}), "norm_eps is inf"),
+        (json.dumps(TINY_PARAMS | {"ffn_dim_multiplier": 1e300}), "ffn_dim_multiplier is 1e+300"),
+        ("[" * 10**5, "nested too deeply"),
     ],
 )
 def test_bad_params_are_named(source, target, content, message):
@@ -499,7 +504,5 @@ def test_shard_sizes(text, size):
 
 @pytest.mark.parametrize("text", ["", "0GB", "-1GB", "five", "5TB"])
 def test_shard_sizes_that_are_none(text, capsys):
-    with pytest.raises(SystemExit) as ended:
-        convert_meta.main(["source", "target", f"--shard-size={text}"])
-    assert ended.value.code == 2
+    assert convert_meta.main(["source", "target", f"--shard-size={text}"]) == 2
     assert "is no size; expected one like 5GB" in capsys.readouterr().err

@@ -10,20 +10,22 @@ from llama_vision.inputs.image import (
     MEAN,
     STD,
     ImageError,
+    TiledImage,
+    check_tiles,
     choose_grid,
     fit_inside,
-    open_image,
+    grid_of,
     tile_image,
-    to_rgb,
 )
 
-WHITE, BLACK = (255, 255, 255), (0, 0, 0)
-PICTURE = (GOLDEN / "images" / "rgb_57x113.png").read_bytes()
+WHITE = (255, 255, 255)
 
 
 def golden_image(name: str) -> Image.Image:
-    """The picture as the reference read it: transparency dropped."""
-    return Image.open(GOLDEN / "images" / name).convert("RGB")
+    """The picture as the reference read it: transparency dropped, EXIF's turn passed over."""
+    image = Image.open(GOLDEN / "images" / name).convert("RGB")
+    image.info.clear()
+    return image
 
 
 def levels(pixels: torch.Tensor) -> torch.Tensor:
@@ -128,72 +130,38 @@ def test_no_side_is_enlarged_past_the_tile():
     assert fit_inside((600, 300), (1120, 560), 560) == (600, 300)
 
 
-def test_an_opened_file_is_upright(tmp_path):
-    image = Image.new("RGB", (40, 20), BLACK)
-    image.paste((255, 0, 0), (0, 0, 20, 20))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # shown turned a quarter to the right
-    image.save(tmp_path / "turned.png", exif=exif)
-    opened = open_image(tmp_path / "turned.png")
-    assert opened.size == (20, 40)
-    assert opened.getpixel((10, 5)) == (255, 0, 0)
-    assert opened.getpixel((10, 35)) == BLACK
-
-
-@pytest.mark.parametrize(("mode", "clear"), [("P", 7), ("L", 7), ("RGB", (9, 7, 7))])
-def test_a_colour_declared_transparent_becomes_white(mode, clear, tmp_path):
-    image = Image.new(mode, (4, 4), clear)
-    if mode == "P":
-        image.putpalette([0] * 3 * 256)
-    image.save(tmp_path / "image.png", transparency=clear)
-    assert open_image(tmp_path / "image.png").getpixel((2, 2)) == WHITE
-
-
 @pytest.mark.parametrize(
-    ("mode", "colour", "expected"),
+    "tiles",
     [
-        ("RGBA", (255, 0, 0, 0), WHITE),
-        ("RGBA", (0, 0, 0, 128), (127, 127, 127)),
-        ("LA", (90, 0), WHITE),
-        ("PA", (7, 0), WHITE),
-        ("1", 1, WHITE),
-        ("L", 77, (77, 77, 77)),
-        ("CMYK", (0, 0, 0, 0), WHITE),
-        ("HSV", (0, 0, 128), (128, 128, 128)),
-        ("I;16", 257 * 90, (90, 90, 90)),
-        ("I", 65535, WHITE),
+        {"pixels": None},
+        {"pixels": [[0.0]]},
+        {"pixels": torch.zeros(1, 3, 56, 56, dtype=torch.uint8)},
+        {"pixels": torch.zeros(1, 3, 56, 56, device="meta")},
+        {"pixels": torch.full((1, 3, 56, 56), float("nan"))},
+        {"pixels": torch.zeros(1, 3, 56, 56).to_sparse()},
+        {"pixels": torch.zeros(3, 56, 56)},
+        {"grid": None},
+        {"grid": (1, 1, 1)},
+        {"grid": (1.0, 1)},
+        {"grid": (True, 1)},
+        {"grid": (0, 1)},
+        {"grid": (10**400, 1)},
+        {"aspect_id": "1"},
+        {"aspect_id": 0},
     ],
+    ids=str,
 )
-def test_every_mode_becomes_rgb_on_white(mode, colour, expected):
-    assert to_rgb(Image.new(mode, (3, 3), colour)).getpixel((1, 1)) == expected
+def test_tiles_of_another_kind_are_refused(tiles):
+    good = {"pixels": torch.zeros(1, 3, 56, 56), "grid": (1, 1), "aspect_id": 1}
+    check_tiles(TiledImage(**good), 56, 4)
+    with pytest.raises(ImageError, match="image"):
+        check_tiles(TiledImage(**good | tiles), 56, 4)
 
 
-def test_opaque_rgb_is_left_as_it_is():
-    image = golden_image("rgb_57x113.png")
-    assert to_rgb(image) is image
-
-
-def test_an_animation_gives_its_first_frame(tmp_path):
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 255, 0))]
-    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
-    assert open_image(tmp_path / "moving.gif").getpixel((4, 4)) == (255, 0, 0)
-
-
-@pytest.mark.parametrize(
-    ("write", "says"),
-    [
-        (lambda path: None, "does not exist"),
-        (lambda path: path.mkdir(), "is a directory"),
-        (lambda path: path.write_bytes(b""), "is empty"),
-        (lambda path: path.write_text("no picture"), "not a picture"),
-        (lambda path: path.write_bytes(PICTURE[:1000]), "damaged or cut short"),
-        (lambda path: Image.new("L", (100, 100)).save(path), "too large"),
-    ],
-)
-def test_what_cannot_be_opened_is_named(write, says, tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)  # the next to last has 6441
-    path = tmp_path / "image.png"
-    write(path)
-    with pytest.raises(ImageError, match=says) as error:
-        open_image(path)
-    assert str(path) in str(error.value)
+def test_what_open_image_takes_can_be_tiled(tmp_path):
+    picture = golden_image("rgb_300x60.png")
+    want = tile_image(picture, tile_size=56, max_tiles=4)
+    picture.save(tmp_path / "image.png")
+    for source in (tmp_path / "image.png", (tmp_path / "image.png").read_bytes()):
+        assert grid_of(source, 56, 4) == want.grid
+        assert torch.equal(tile_image(source, tile_size=56, max_tiles=4).pixels, want.pixels)

@@ -13,11 +13,12 @@ from llama_vision.checkpoint.hub import EMBEDDED_MODEL
 
 TESTS = Path(__file__).parent
 PACKAGE = Path(llama_vision.__file__).parent
-BASE = {"errors", "values", "config"}
+BASE = {"errors", "values", "config", "reading"}
 PARTS = BASE | {"cache", "inputs", "model", "engine", "checkpoint", "memory"}
 MAY_IMPORT = {
     "errors": set(),
     "values": {"errors"},
+    "reading": {"errors"},
     "config": {"errors"},
     "cache": BASE,
     "inputs": BASE,
@@ -38,10 +39,12 @@ ONLY_TORCH = {"config", "cache", "model"}
 
 TESTED_WITH = {
     "api": "__init__",
+    "cache.rules": "__init__",
     "engine.engine": "__init__",
     "engine.request": "__init__",
     "engine.settings": "__init__",
     "engine.stopwatch": "__init__",
+    "inputs.prompts": "__init__",
     "cli.reports": "cli.main",
     "__main__": "cli.main",
 }

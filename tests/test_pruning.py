@@ -5,6 +5,7 @@ import random
 from dataclasses import replace
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -189,7 +190,7 @@ def test_groups_are_numbered_along_the_conversation(tiny):
 def test_without_a_pruner_nothing_is_scored_or_selected(tiny, monkeypatch):
     called = []
     monkeypatch.setattr(text, "attention_with_saliency", lambda *_: called.append("score"))
-    monkeypatch.setattr(prefill, "check_keep_mask", lambda *_: called.append("check"))
+    monkeypatch.setattr(prefill, "ask", lambda *_: called.append("check"))
     monkeypatch.setattr(prefill.SegmentForward, "_prune", lambda *_: called.append("prune"))
     tiny.generate(case_prompts("batch_ragged"), max_new_tokens=3, **GREEDY)
     assert called == []
@@ -262,18 +263,18 @@ def test_a_baseline_s_count_of_another_pruner_is_that_of_its_own_run(tiny):
     [
         (
             lambda s, v: ~v.is_class[1:],
-            r"returned torch.bool \[67\]; expected .* \[V\] = \[68\]$",
+            r"returned a Tensor torch.bool \[67\]; expected .* \[V\] = \[68\]$",
         ),
         (
             lambda s, v: ~v.is_class[None],
-            r"returned torch.bool \[1, 68\].*= \[68\]: there is no",
+            r"returned a Tensor torch.bool \[1, 68\].*= \[68\]: there is no",
         ),
         (
             lambda s, v: torch.ones(3, 68) > 0,
-            r"returned torch.bool \[3, 68\]; .*: there is no b",
+            r"returned a Tensor torch.bool \[3, 68\]; .*: there is no b",
         ),
-        (lambda s, v: s.mean(0), r"returned torch.float32 \[68\]; expected a torch.bool"),
-        (lambda s, v: v.patch, r"returned torch.int64 \[68\]; expected a torch.bool"),
+        (lambda s, v: s.mean(0), r"returned a Tensor torch.float32 \[68\]; expected a torch.bool"),
+        (lambda s, v: v.patch, r"returned a Tensor torch.int64 \[68\]; expected a torch.bool"),
         (lambda s, v: [0, 1], r"returned \[0, 1\]; expected a torch.bool tensor"),
         (lambda s, v: None, r"returned None; expected a torch.bool tensor"),
         (lambda s, v: v.patch < 0, r"kept none of the 68 visual tokens; expected one at least"),
@@ -285,9 +286,89 @@ def test_an_answer_that_is_no_keep_mask_is_an_error(tiny, answer, says):
         tiny.generate(case_prompts("image_first"), max_new_tokens=1, pruner=answer)
 
 
-def test_a_count_of_nothing_is_an_error(tiny):
-    with pytest.raises(PruningError, match="pruner TopK kept none of the 17 visual tokens"):
-        tiny.generate(case_prompts("two_images"), max_new_tokens=1, pruner=TopK([0, 5]))
+class Failing:
+    def __call__(self, saliency, visual):
+        raise KeyError("a mistake")
+
+
+@pytest.mark.parametrize(
+    ("pruner", "says"),
+    [
+        (Failing(), "pruner Failing raised KeyError: 'a mistake'"),
+        (lambda s, v: np.ones(68, bool), r"returned a ndarray bool \[68\]; expected a torch.bool"),
+        (lambda s, v: (v.patch > 0).to_sparse(), r"returned a Tensor torch.bool \[68\]; expected"),
+        (lambda s, v: (v.patch > 0).to("meta"), r"returned a Tensor torch.bool \[68\]; expected"),
+        (lambda s, v: "x" * 10**6, r"returned 'xxx.*xxx'; expected a torch.bool"),
+        (RandomTokens(lambda s, v: None), "returned None; expected a torch.bool"),
+    ],
+    ids=["raises", "array", "sparse", "meta", "long", "counted by"],
+)
+def test_a_pruner_that_fails_is_told_in_one_line(tiny, pruner, says):
+    with pytest.raises(PruningError, match=says):
+        tiny.generate(case_prompts("image_first"), max_new_tokens=1, pruner=pruner)
+
+
+def poison(saliency, visual):
+    """Keep the even tokens, and write over all that can be written over."""
+    tensors = [t for t in (saliency, *vars(visual).values()) if isinstance(t, torch.Tensor)]
+    assert len(tensors) == 6
+    keep = visual.patch % 2 == 0
+    for tensor in tensors:
+        tensor.fill_(float("nan") if tensor.is_floating_point() else -7)
+    visual.features, visual.keys, visual.grids, visual.group = None, None, (), 9
+    return keep
+
+
+class PoisonedRule(TopK):
+    """What inherits from a rule that ships is trusted no more than others."""
+
+    def scores(self, saliency, visual):
+        scores = -visual.patch.float() % 2
+        poison(saliency, visual)
+        return scores
+
+
+@pytest.mark.parametrize("trim", [True, False])
+@pytest.mark.parametrize("spoiler", [poison, PoisonedRule(0.5)], ids=["function", "rule"])
+def test_a_pruner_cannot_change_what_it_is_shown(tiny, spoiler, trim):
+    def even(saliency, visual):
+        return visual.patch % 2 == 0
+
+    class Spoiler:
+        trim_first_layer = trim
+        __call__ = staticmethod(spoiler)
+
+    even.trim_first_layer = trim
+    prompts = case_prompts("batch_ragged")
+    if spoiler is poison:
+        spoiled = tiny.generate(prompts, max_new_tokens=4, pruner=Spoiler(), **GREEDY)
+        for one, other in zip(
+            spoiled, tiny.generate(prompts, max_new_tokens=4, pruner=even, **GREEDY), strict=True
+        ):
+            assert one.token_ids == other.token_ids
+            assert one.logprobs == other.logprobs
+            assert all(map(torch.equal, one.kept, other.kept))
+    else:
+        for completion in tiny.generate(prompts, max_new_tokens=4, pruner=spoiler, **GREEDY):
+            assert torch.tensor(completion.logprobs).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("votes", "none", "'all', 'after' or 'last'"),
+        ("votes", None, "'all', 'after' or 'last'"),
+        ("trim_first_layer", 1, "True or False"),
+    ],
+)
+def test_an_attribute_of_a_pruner_that_means_nothing_is_told(tiny, name, value, expected):
+    def rule(saliency, visual):
+        return visual.patch >= 0
+
+    setattr(rule, name, value)
+    says = f"{name} of pruner rule is {value!r}; expected {expected}"
+    with pytest.raises(PruningError, match=says):
+        tiny.generate(case_prompts("image_first"), pruner=rule)
 
 
 def test_pruners_work_on_the_smallest_prompt(tiny):

@@ -174,8 +174,16 @@ def test_the_uniform_grid_is_even_in_space(side, cell):
         (lambda: TrimmedLlama(-0.1), r"k_ratio is -0\.1; expected"),
         (lambda: TrimmedLlama(1.5), r"k_ratio is 1\.5; expected"),
         (lambda: TrimmedLlama(0.5, votes="none"), "votes is 'none'; expected 'all', 'after' or"),
-        (lambda: TopK(0), "keep is 0; expected at least 1 token"),
-        (lambda: TopK(-3), "keep is -3; expected at least 1 token"),
+        *(
+            (lambda keep=keep: TopK(keep), r"keep is .*; expected a fraction above 0 and at most 1")
+            for keep in (0, -3, True, None, "x", float("nan"), [], [0, 5], [3, -1], [0.5], int, 1j)
+        ),
+        *(
+            (lambda k=k: TrimmedLlama(k), "k_ratio is .*; expected more than 0 and at most 1")
+            for k in (True, None, "0.5", float("nan"), [0.5], 10**30)
+        ),
+        (lambda: RandomTokens(0.5, seed=1.0), "seed is 1.0; expected 0 or more"),
+        (lambda: TopK(0.5, keep_class_tokens="no"), "keep_class_tokens is 'no'; expected True or"),
         (lambda: UniformGrid(0.0), r"keep is 0\.0; expected a fraction above 0 and at most 1"),
         (lambda: RandomTokens(1.2), r"keep is 1\.2; expected a fraction above 0 and at most 1"),
         (

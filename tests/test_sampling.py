@@ -87,14 +87,15 @@ def test_a_seed_repeats_its_draws():
 def test_a_row_draws_what_it_draws_alone_whatever_the_others_settings():
     logits = random_logits(12)
     ways = [Sampling(1.0, 0.9, 30), Sampling(), Sampling(0.7), Sampling(1.0, 0.9, 30)] * 3
-    tokens, logprobs = sample(logits, ways, generators(*range(12)))
+    tokens, logprobs, finite = sample(logits, ways, generators(*range(12)))
     for row, (of_row, sampling) in enumerate(zip(logits.split(1), ways, strict=True)):
-        alone, alone_logprobs = sample(of_row, [sampling], generators(row))
+        alone, alone_logprobs, _ = sample(of_row, [sampling], generators(row))
         assert alone == tokens[row] == sampling.choose(of_row, generators(row))
         expected = float(of_row.log_softmax(-1)[0, tokens[row]])
         got = (float(logprobs[row]), float(alone_logprobs))
         assert got == pytest.approx((expected, expected), abs=1e-6)
     assert not torch.equal(tokens, logits.argmax(-1))
+    assert finite.all()
 
 
 def test_choosing_leaves_the_logits_as_they_were():

@@ -11,7 +11,8 @@ from conftest import LLAMA_3, TINY, golden_json, llama_3_file
 
 from llama_vision.checkpoint.config_json import read_config
 from llama_vision.config import TextConfig
-from llama_vision.inputs.tokenizer import TextStream, Tokenizer, TokenizerError, load_tokenizer
+from llama_vision.inputs.tokenizer import TextStream, Tokenizer, load_tokenizer
+from llama_vision.inputs.vocabulary import TokenizerError
 
 TINY_TEXT = read_config(TINY).text
 GOLDEN = golden_json("tokenizer")
@@ -214,8 +215,14 @@ def test_a_config_without_room_for_special_tokens_is_refused(tmp_path):
         ("tokenizer.model", b"", "it is empty"),
         ("tokenizer.model", b"\x0a\xff\xff\xff garbage", UNREADABLE),
         ("tokenizer.model", b"YQ== 0\nYg== 2", UNREADABLE),  # a gap in the ranks
-        ("tokenizer.json", b"{", UNREADABLE),
-        ("tokenizer.json", b"[]", UNREADABLE),
+        ("tokenizer.model", b"YQ== 0\nYg== 1", f"{UNREADABLE}: 254 of the 256 bytes"),
+        ("tokenizer.json", b"{", "{} cannot be read as JSON"),
+        ("tokenizer.json", b"[]", "{} holds a list"),
+        ("tokenizer.json", b"{}", UNREADABLE),
+        ("tokenizer.json", b'{"model": 5}', UNREADABLE),
+        ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": []}}', UNREADABLE),
+        ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {"a": "0"}}}', UNREADABLE),
+        ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {"a": 1}}}', UNREADABLE),
         ("tokenizer.json", b'{"model": {"type": "Unigram", "vocab": {}}}', UNREADABLE),
         ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {"日": 0}}}'.encode(), UNREADABLE),
     ],

@@ -29,15 +29,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also runs where not installed
-from llama_vision.checkpoint.config_json import config_from_dict, config_to_dict
+from llama_vision.checkpoint.config_json import MOST_LAYERS, config_from_dict, config_to_dict
 from llama_vision.checkpoint.files import CheckpointError, Entry
 from llama_vision.checkpoint.names import match_names
+from llama_vision.cli.arguments import Parser
+from llama_vision.cli.terminal import run_command
 from llama_vision.config import DTYPES, Config, official_config
-from llama_vision.errors import LlamaVisionError, some
+from llama_vision.errors import LlamaVisionError, printable, quote, some
 from llama_vision.model.model import LlamaVisionModel
+from llama_vision.reading import read_json, shown
 
 COPY, COLUMN, ROW = None, 0, 1
 """How parts hold a tensor: each has all of it, a share of its rows, or a share of its columns."""
+
+MOST = 2**31
+"""Beyond any number in a params.json."""
 
 Parts = list[dict[str, Tensor]]
 
@@ -246,27 +252,27 @@ def read_config(path: Path, template: Config, dtype: torch.dtype) -> Config:
 
     Source: llama_models/llama3/args.py, ModelArgs, with its defaults; FeedForward for the width.
     """
-    try:
-        params = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{path} cannot be read as JSON: {error}") from None
+    params = read_json(path, ConversionError)
 
     def number(name: str, default: float | None = None, kind: Any = int) -> Any:
         value = params.get(name)
         value = default if value is None else value
-        if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value < math.inf:
+        is_number = isinstance(value, kind) and not isinstance(value, bool)
+        if not is_number or not 0 < value < MOST:
             raise ConversionError(
-                f"{path}: {name} is {value!r}, expected a positive number as in the params.json "
-                "of a Llama 3.2 Vision model"
+                f"{shown(path)}: {name} is {quote(value)}, expected a positive number as in the "
+                "params.json of a Llama 3.2 Vision model"
             )
         return value
 
-    if not isinstance(params, dict):
-        raise ConversionError(f"{path} holds a {type(params).__name__}, expected a JSON object")
     layers, heads, width = number("n_layers"), number("n_heads"), number("dim")
-    cross_attention_layers = merged_cross_attention_layers(
-        layers, number("vision_num_cross_attention_layers")
-    )
+    crosses = number("vision_num_cross_attention_layers")
+    if max(layers, crosses) > MOST_LAYERS:
+        raise ConversionError(
+            f"{shown(path)}: {layers} layers and {crosses} for images, expected {MOST_LAYERS} at "
+            "most"
+        )
+    cross_attention_layers = merged_cross_attention_layers(layers, crosses)
     hidden = int(number("ffn_dim_multiplier", 1, (int, float)) * int(2 * 4 * width / 3))
     multiple = number("multiple_of", 256)
     text = replace(
@@ -316,11 +322,12 @@ def find_parts(source: Path) -> list[Path]:
     names = [path.name for path in found]
     if names == ["consolidated.pth"]:
         return found
-    last = re.fullmatch(r"consolidated\.(\d+)\.pth", names[-1])
+    last = re.fullmatch(r"consolidated\.(\d{2,3})\.pth", names[-1])
     expected = [f"consolidated.{i:02d}.pth" for i in range(int(last[1]) + 1 if last else 1)]
     if names != expected:
+        ends = " to ".join(dict.fromkeys((expected[0], expected[-1])))
         raise ConversionError(
-            f"{source} holds {', '.join(names)}; expected {', '.join(expected)}, all the "
+            f"{shown(source)} holds {some(names)}; expected {ends}, all the "
             "model-parallel parts of one model and nothing else"
         )
     return found
@@ -331,8 +338,10 @@ def load_part(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except Exception as error:  # whatever the unpickler makes of a file that is none
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ConversionError(f"{path} cannot be loaded as PyTorch weights: {reason}") from None
+        reason = printable(next(iter(str(error).splitlines()), type(error).__name__), 200)
+        raise ConversionError(
+            f"{shown(path)} cannot be loaded as PyTorch weights: {reason}"
+        ) from None
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise ConversionError(f"{path} is no table of tensors; expected a model's state dict")
     return {name: tensor.detach() for name, tensor in state.items() if name not in DERIVED}
@@ -473,25 +482,30 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 def parse_size(text: str) -> int:
     """`"5GB"` -> 5,000,000,000."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]?)B?", text.strip().upper())
-    size = int(float(match[1]) * 1000 ** " KMG".index(match[2] or " ")) if match else 0
+    size = int(min(float(match[1]), 1e15) * 1000 ** " KMG".index(match[2] or " ")) if match else 0
     if size < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; expected one like 5GB or 500MB")
+        raise argparse.ArgumentTypeError(
+            f"{quote(text)} is no size; expected one like 5GB or 500MB"
+        )
     return size
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; 2 if it could not be done."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser = Parser(prog="convert_meta", description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("source", type=Path, help="directory with consolidated*.pth")
     parser.add_argument("target", type=Path, help="directory to make")
     parser.add_argument("--shard-size", type=parse_size, default="5GB", help="default: 5GB")
-    options = parser.parse_args(arguments)
-    try:
-        convert(options.source, options.target, options.shard_size)
-    except (LlamaVisionError, OSError) as error:
-        print(f"convert_meta: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    def run() -> int:
+        options = parser.parse_args(arguments)
+        try:
+            convert(options.source, options.target, options.shard_size)
+        except OSError as error:
+            raise ConversionError(str(error)) from None
+        return 0
+
+    return run_command("convert_meta", run)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llama_vision.checkpoint.files import find_shards
 from llama_vision.checkpoint.hub import download
-from llama_vision.cli.main import EXIT_INTERRUPTED, EXIT_USAGE
-from llama_vision.errors import LlamaVisionError
+from llama_vision.cli.arguments import Parser
+from llama_vision.cli.terminal import EXIT_INTERRUPTED, run_command, tell, write
 from llama_vision.memory.fit import human_bytes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="download.py", description="Fetch the files of a checkpoint that loading needs."
     )
     parser.add_argument("repo", metavar="REPO", help="such as meta-llama/Llama-3.2-11B-Vision")
@@ -31,19 +31,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--token", help="default: HF_TOKEN, or the one that `hf auth login` has stored"
     )
-    options = parser.parse_args(arguments)
+    return run_command("download.py", lambda: fetch(parser.parse_args(arguments)))
+
+
+def fetch(options: argparse.Namespace) -> int:
+    """Download what the options name, and say where it is."""
     try:
         directory = download(options.repo, to=options.to, token=options.token)
-        find_shards(directory)  # fails if there are no weights that can be loaded
-    except LlamaVisionError as error:
-        print(f"download.py: {error}", file=sys.stderr)
-        return EXIT_USAGE
     except KeyboardInterrupt:
-        print("download.py: interrupted; the same command goes on from here", file=sys.stderr)
+        tell("interrupted; the same command goes on from here", "download.py")
         return EXIT_INTERRUPTED
+    find_shards(directory)  # fails if there are no weights that can be loaded
     sizes = [path.stat().st_size for path in directory.iterdir() if path.is_file()]
-    print(f"{len(sizes)} files, {human_bytes(sum(sizes))}")
-    print(f"--model {directory}")
+    write(f"{len(sizes)} files, {human_bytes(sum(sizes))}")
+    write(f"--model {directory}")
     return 0
 
 

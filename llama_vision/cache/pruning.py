@@ -1,25 +1,25 @@
-"""The pruning hook and the rules that ship with it.
+"""The pruning hook: what a pruner is shown, and what it may answer. `rules` has those that ship.
 
 After the first cross-attention block over a group of images a pruner is asked once which of their
 visual tokens to keep. Later cross-attention blocks project keys and values of those only, the cache
 holds only those, and decoding reads only those.
 
-A pruner is any callable that fits `Pruner`. It may also have the attributes of `Rule`.
+A pruner is any callable that fits `Pruner`. It may also have the attributes of `rules.Rule`.
 """
 
-import math
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from llama_vision.cache.visual_tokens import VisualTokens
-from llama_vision.errors import LlamaVisionError
+from llama_vision.errors import LlamaVisionError, printable, quote
+from llama_vision.values import Choice, Flag, Function, check
 
 Votes = Literal["all", "after", "last"]
+VOTES = Choice(get_args(Votes))
+
+PRUNER = Function("a function of saliency and visual tokens, such as TrimmedLlama(0.5)")
 
 
 class PruningError(LlamaVisionError):
@@ -44,189 +44,52 @@ class Pruner(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rule:
-    """Options of every rule here, for what the paper leaves open."""
-
-    votes: Votes = "all"
-    """Text rows whose attention counts: "all" that see the images, as in the paper's figure; those
-    "after" them, so without the `<|image|>` rows themselves; or only the "last" row of the text
-    that sees them."""
-    keep_class_tokens: bool = False
-    """Keep the class token of every tile, whatever attention it gets."""
-    trim_first_layer: bool = True
-    """Trim the first cross-attention block's own cache too, as in the paper's figure. False keeps
-    it whole: one layer's share of the cache more, and answers closer to the full model's."""
-
-    def __post_init__(self):
-        if self.votes not in ("all", "after", "last"):
-            raise PruningError(f"votes is {self.votes!r}; expected 'all', 'after' or 'last'")
+READ_ONLY: set[type] = set()
+"""Pruners that change nothing of what they are shown. All others are shown copies."""
 
 
-@dataclass(frozen=True)
-class TrimmedLlama(Rule):
-    """Per query head the `k_ratio` most attended tokens; kept is their union over heads.
-
-    Under a visual budget k shrinks until the union fits: the largest k that does.
-
-    Source: Efficient LLaMA-3.2-Vision by Trimming Cross-attended Visual Features,
-    arXiv 2504.00557, section 3.
-    """
-
-    k_ratio: float
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 < self.k_ratio <= 1:
-            raise PruningError(f"k_ratio is {self.k_ratio}; expected more than 0 and at most 1")
-
-    def __call__(self, saliency: Tensor, visual: VisualTokens) -> Tensor:
-        """See `Pruner`."""
-        best = best_ranks(saliency)
-        if self.keep_class_tokens:
-            best = best.masked_fill(visual.is_class, -1)
-        kept = best < math.ceil(self.k_ratio * len(best))
-        if visual.budget is None or visual.budget >= len(best):
-            return kept
-        return kept & _within_budget(best, saliency, visual.budget)
+def reads_only(rule: type) -> type:
+    """Put a class of pruners into `READ_ONLY`; those that inherit from it are not in it."""
+    READ_ONLY.add(rule)
+    return rule
 
 
-def best_ranks(saliency: Tensor) -> Tensor:
-    """A token's rank in the order of the head that ranks it highest: [H, V] -> [V], int64.
-
-    0 is the most attended; of equals the earlier token goes first. The union over heads of each
-    head's top k is `best_ranks(…) < k`.
-    """
-    order = saliency.argsort(dim=-1, descending=True, stable=True)
-    ranks = torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, ranks).amin(dim=0)
+def needs_copies(pruner: Pruner) -> bool:
+    """Whether a pruner, or the one that it counts by, might change what it is shown."""
+    keep = getattr(pruner, "keep", None)
+    return type(pruner) not in READ_ONLY or (callable(keep) and needs_copies(keep))
 
 
-def _within_budget(best: Tensor, saliency: Tensor, budget: int) -> Tensor:
-    """The union of the largest k that leaves at most `budget` tokens: [V].
-
-    Where not even k = 1 fits, those most attended by all heads together among it.
-    """
-    # The first token beyond the budget, in order of rank, has the rank that k cannot exceed.
-    kept = best < best.sort().values[budget]
-    return kept if kept.any() else _first(saliency.sum(0).masked_fill(best > 0, -torch.inf), budget)
-
-
-def _first(scores: Tensor, count: int) -> Tensor:
-    """True for the `count` highest of [V]; of equals the earlier."""
-    order = scores.argsort(descending=True, stable=True)
-    return torch.zeros_like(scores, dtype=torch.bool).index_fill(0, order[:count], True)
-
-
-Keep = float | int | Sequence[int] | Pruner
-"""How many tokens of each group of images to keep: a fraction of them, a count, a count for each
-group of the conversation, or as many as another pruner would keep of the same group (the only fair
-comparison)."""
-
-
-@dataclass(frozen=True)
-class BestTokens(Rule, ABC):
-    """A rule that scores tokens and keeps the `keep` best of each group of images."""
-
-    keep: Keep
-
-    def __post_init__(self):
-        super().__post_init__()
-        keep = self.keep
-        if isinstance(keep, float) and not 0 < keep <= 1:
-            raise PruningError(f"keep is {keep}; expected a fraction above 0 and at most 1")
-        if isinstance(keep, int) and keep < 1:
-            raise PruningError(f"keep is {keep}; expected at least 1 token")
-        if callable(keep) and getattr(keep, "votes", "all") != self.votes:
-            raise PruningError(
-                f"{type(self).__name__} counts the votes of {self.votes!r} rows and "
-                f"{type(keep).__name__} of {getattr(keep, 'votes', 'all')!r}; expected the same, "
-                "or keep=[…] with the counts of a run"
+def check_options(pruner: Pruner) -> None:
+    """Raise PruningError where an attribute that a `rules.Rule` has means nothing here."""
+    for name, kind in (("votes", VOTES), ("trim_first_layer", Flag())):
+        if hasattr(pruner, name):
+            check(
+                f"{name} of pruner {_name(pruner)}", getattr(pruner, name), kind, error=PruningError
             )
 
-    @abstractmethod
-    def scores(self, saliency: Tensor, visual: VisualTokens) -> Tensor:
-        """How good each token is: [V]."""
 
-    def __call__(self, saliency: Tensor, visual: VisualTokens) -> Tensor:
-        """See `Pruner`."""
-        scores = self.scores(saliency, visual).float()
-        if self.keep_class_tokens:
-            scores = scores.masked_fill(visual.is_class, torch.inf)
-        count = self._count(saliency, visual)
-        return _first(scores, count if visual.budget is None else min(count, visual.budget))
+def ask(pruner: Pruner, saliency: Tensor, visual: VisualTokens) -> Tensor:
+    """A pruner's answer: [V], bool.
 
-    def _count(self, saliency: Tensor, visual: VisualTokens) -> int:
-        tokens = saliency.shape[-1]
-        if callable(self.keep):
-            return int(self.keep(saliency, visual).sum())
-        if isinstance(self.keep, float):
-            return math.ceil(self.keep * tokens)
-        if isinstance(self.keep, int):
-            return self.keep
-        if visual.group >= len(self.keep):
-            raise PruningError(
-                f"keep has {len(self.keep)} counts and this is group {visual.group + 1} of images; "
-                "expected a count for each"
-            )
-        return self.keep[visual.group]
-
-
-@dataclass(frozen=True)
-class TopK(BestTokens):
-    """The tokens with the most attention, averaged over heads."""
-
-    def scores(self, saliency: Tensor, visual: VisualTokens) -> Tensor:
-        """Mean over heads."""
-        return saliency.mean(dim=0)
-
-
-@dataclass(frozen=True)
-class LastQuery(TopK):
-    """The tokens that the last row of the text attends to most, averaged over heads."""
-
-    votes: Votes = field(default="last", kw_only=True)
-
-
-@dataclass(frozen=True)
-class RandomTokens(BestTokens):
-    """Any tokens, drawn anew with the same seed for every group of images."""
-
-    seed: int = 0
-
-    def scores(self, saliency: Tensor, visual: VisualTokens) -> Tensor:
-        """One draw for each token."""
-        generator = torch.Generator().manual_seed(self.seed)
-        return torch.rand(saliency.shape[-1], generator=generator).to(saliency.device)
-
-
-@dataclass(frozen=True)
-class UniformGrid(BestTokens):
-    """Patches spread evenly over every tile, class tokens last."""
-
-    def scores(self, saliency: Tensor, visual: VisualTokens) -> Tensor:
-        """The order of an ordered dither (Bayer's matrix): its first n are even in space."""
-        bits = visual.patches_per_side.bit_length()
-        row, col = visual.patch_row, visual.patch_col
-        order = torch.zeros_like(row)
-        for bit in range(bits):
-            place = 2 * (bits - 1 - bit)
-            order += ((row ^ col) >> bit & 1) << place + 1
-            order += (row >> bit & 1) << place
-        return -order.masked_fill(visual.is_class, 4**bits)
-
-
-@dataclass(frozen=True)
-class KeyNorm(BestTokens):
-    """The tokens whose keys are shortest, averaged over key heads.
-
-    Source: A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression,
-    arXiv 2406.11430.
+    Raises:
+        PruningError: it fails, or its answer is no keep-mask.
     """
+    shown = (saliency, visual)
+    if needs_copies(pruner):
+        shown = (saliency.clone(), visual.copy())
+    try:
+        return check_keep_mask(pruner(*shown), pruner, visual)
+    except LlamaVisionError:
+        raise
+    except Exception as error:
+        raise PruningError(
+            f"pruner {_name(pruner)} raised {type(error).__name__}: {error}"
+        ) from error
 
-    def scores(self, saliency: Tensor, visual: VisualTokens) -> Tensor:
-        """Minus the mean length of the first block's keys."""
-        return -visual.keys.float().norm(dim=-1).mean(dim=0)
+
+def _name(pruner: Pruner) -> str:
+    return printable(getattr(pruner, "__name__", type(pruner).__name__))
 
 
 def check_keep_mask(keep: Tensor, pruner: Pruner, visual: VisualTokens) -> Tensor:
@@ -235,13 +98,12 @@ def check_keep_mask(keep: Tensor, pruner: Pruner, visual: VisualTokens) -> Tenso
     Raises:
         PruningError: it is no bool tensor [V], keeps nothing, or exceeds the budget.
     """
-    name = getattr(pruner, "__name__", type(pruner).__name__)
-    tokens = len(visual.image)
-    if not isinstance(keep, Tensor) or keep.dtype != torch.bool or tuple(keep.shape) != (tokens,):
-        got = f"{keep.dtype} {list(keep.shape)}" if isinstance(keep, Tensor) else repr(keep)
+    name, tokens = _name(pruner), len(visual.image)
+    is_mask = isinstance(keep, Tensor) and keep.dtype == torch.bool and not keep.is_meta
+    if not is_mask or keep.layout != torch.strided or tuple(keep.shape) != (tokens,):
         batched = isinstance(keep, Tensor) and keep.ndim == 2
         raise PruningError(
-            f"pruner {name} returned {got}; expected a torch.bool tensor [V] = [{tokens}]"
+            f"pruner {name} returned {quote(keep)}; expected a torch.bool tensor [V] = [{tokens}]"
             + ": there is no batch axis any more, saliency is [H, V] of one group of images"
             * batched
         )

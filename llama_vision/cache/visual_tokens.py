@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -87,6 +87,11 @@ class VisualTokens:
     def patch_col(self) -> Tensor:
         """Column of a token's patch in its tile: [V]; -1 for class tokens."""
         return ((self.patch - 1) % self.patches_per_side).where(self.patch > 0, -1)
+
+    def copy(self) -> "VisualTokens":
+        """The same in tensors of its own."""
+        tensors = {n: v.clone() for n, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
 
     def of_each_image(self, keep: Tensor) -> list[Tensor]:
         """Split a mask [V] into one [tiles, P] for each image, on the host."""

@@ -1,15 +1,18 @@
 """`config.json` and `generation_config.json`: what they say of a checkpoint, checked and named."""
 
 import json
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from llama_vision.checkpoint.files import CheckpointError, stored_type
+from llama_vision.checkpoint.unsupported import refuse_unsupported, what_it_is
 from llama_vision.config import (
     DTYPES,
-    EXTRA_EMBEDDINGS,
+    MOST_PIXELS,
     MOST_TILES,
     Config,
     ConfigError,
@@ -17,52 +20,77 @@ from llama_vision.config import (
     TextConfig,
     VisionConfig,
 )
-from llama_vision.errors import SettingError
+from llama_vision.errors import quote
+from llama_vision.reading import is_there, read_json, shown
+from llama_vision.values import Number, Whole
+
+MOST_LAYERS = 256
+MOST_HEADS = 4096
+MOST_WIDTH = 2**20
+MOST_TOKENS = 2**24
+MOST_PATCHES = 256
+MOST_WEIGHTS = 2**42
+"""Far beyond any published model (100 layers, 64 heads, 28,672 wide, 128,264 tokens, 40 patches a
+side, 89 · 10⁹ weights): what is larger is a damaged file, and would take hours to build."""
+
+PUBLISHED_DTYPE = torch.bfloat16
+"""Of all official checkpoints; taken for a config.json that names no type and has no weights."""
 
 
 def read_config(directory: Path) -> Config:
     """Read `directory/config.json`.
 
+    Where it names no type (fine-tunes), that of most of the weights beside it is taken.
+
     Raises:
-        ConfigError: the file is not there, is not JSON, or does not describe this model.
+        ConfigError: the file is not there, is not JSON, does not describe this model, or one whose
+            weights are quantised.
     """
     path = Path(directory) / "config.json"
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not is_there(path):
+        found = what_it_is(path.parent)
         raise ConfigError(
-            f"{directory} has no config.json; expected a checkpoint in the official layout "
-            "(config.json, model*.safetensors, a tokenizer)"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} holds a {type(data).__name__}, expected a JSON object")
-    return config_from_dict(data)
+            f"{shown(directory)} has no config.json; "
+            + (found or "expected a checkpoint in the official layout (config.json, ")
+            + ("" if found else "model*.safetensors, a tokenizer)")
+        )
+    data = read_json(path, ConfigError)
+    config = config_from_dict(data, directory)
+    if _dtype(data) is None:
+        with suppress(CheckpointError):  # loading the weights will tell
+            config = replace(config, dtype=stored_type(path.parent))
+    return config
 
 
-def config_from_dict(data: dict[str, Any]) -> Config:
+def config_from_dict(data: dict[str, Any], where: object = "") -> Config:
     """Read the parsed JSON of a `config.json`, of the 2024 layout or the newer one.
+
+    Args:
+        data: the file.
+        where: the directory or repository that it is from; errors guess from its name.
 
     Raises:
         ConfigError: a field is missing, contradicts another, or asks for what is not built.
     """
+    refuse_unsupported(data, where)
     top = _Fields(data, "")
     top.only("model_type", "mllama")
     text = _text_config(top.section("text_config"))
-    image_id = data.get("image_token_index", data.get("image_token_id", text.image_token_id))
-    if image_id != text.image_token_id:
-        raise ConfigError(
-            f"config.json: image_token_index is {image_id}, expected vocab_size = "
-            f"{text.image_token_id}, the first of the {EXTRA_EMBEDDINGS} extra embeddings"
-        )
-    return Config(_vision_config(top.section("vision_config")), text, _dtype(data))
+    vision = _vision_config(top.section("vision_config"))
+    for field in ("image_token_id", "image_token_index"):  # today, and in 2024
+        if data.get(field) is None:
+            continue
+        image_id = top.integer(field, most=text.embedding_rows - 1)
+        text = replace(text, image_token_index=None if image_id == text.vocab_size else image_id)
+    _check_total(vision, text)
+    return Config(vision, text, _dtype(data) or PUBLISHED_DTYPE)
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
     """What `config_from_dict` reads, in the layout of 2024."""
     vision, text = asdict(config.vision), asdict(config.text)
     text["eos_token_id"] = text.pop("eos_token_ids")
+    del text["image_token_index"]  # which stands on top
     scaling = text["rope_scaling"]
     text["rope_scaling"] = scaling and {"rope_type": "llama3", **scaling}
     text |= {"pad_token_id": config.text.pad_token_id, "tie_word_embeddings": False}
@@ -79,40 +107,6 @@ def config_to_dict(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(data))  # tuples become lists
 
 
-@dataclass(frozen=True)
-class GenerationDefaults:
-    """How a checkpoint's authors would have it answer; without a file of theirs, greedily."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    stop_ids: tuple[int, ...] | None = None
-    """None for those of the architecture, `TextConfig.eos_token_ids`."""
-
-
-def read_generation_config(directory: Path) -> GenerationDefaults:
-    """Read `directory/generation_config.json`, which need not be there.
-
-    Raises:
-        SettingError: the file is not JSON, or asks for what cannot be had.
-    """
-    path = Path(directory) / "generation_config.json"
-    if not path.is_file():
-        return GenerationDefaults()
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        stop = data.get("eos_token_id")
-        drawing = {}
-        if data.get("do_sample"):
-            drawing = {name: float(data.get(name, 1.0)) for name in ("temperature", "top_p")}
-            drawing["top_k"] = int(data.get("top_k") or 0)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise SettingError(f"{path} cannot be read: {error!r}; correct or remove it") from None
-    if stop is not None:
-        stop = tuple(stop) if isinstance(stop, list) else (stop,)
-    return GenerationDefaults(**drawing, stop_ids=stop)
-
-
 class _Fields:
     """One section of the file, read field by field; every complaint names the field."""
 
@@ -121,7 +115,7 @@ class _Fields:
         self.prefix = f"{name}." if name else ""
 
     def fail(self, field: str, expected: str) -> ConfigError:
-        got = repr(self.data[field]) if field in self.data else "missing"
+        got = quote(self.data[field]) if field in self.data else "missing"
         return ConfigError(f"config.json: {self.prefix}{field} is {got}, expected {expected}")
 
     def section(self, field: str) -> "_Fields":
@@ -135,17 +129,16 @@ class _Fields:
             raise self.fail(field, f"{supported!r}, the only one supported")
 
     def integer(self, field: str, least: int = 1, most: int = 2**31 - 1) -> int:
-        value = self.data.get(field)
-        if type(value) is not int or not least <= value <= most:
-            raise self.fail(field, f"an integer from {least} to {most}")
-        return value
+        try:
+            return Whole(least, most).read(self.data.get(field))
+        except ValueError:
+            raise self.fail(field, f"an integer from {least} to {most}") from None
 
     def number(self, field: str) -> float:
-        value = self.data.get(field)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not 0 < value < float("inf"):
-            raise self.fail(field, "a positive number")
-        return float(value)
+        try:
+            return Number(0, above=True).read(self.data.get(field))
+        except ValueError:
+            raise self.fail(field, "a positive number") from None
 
     def indices(self, field: str, below: int) -> tuple[int, ...]:
         value = self.data.get(field)
@@ -162,18 +155,18 @@ class _Fields:
 
 def _vision_config(fields: _Fields) -> VisionConfig:
     fields.only("hidden_act", "gelu")
-    num_hidden_layers = fields.integer("num_hidden_layers")
+    num_hidden_layers = fields.integer("num_hidden_layers", most=MOST_LAYERS)
     config = VisionConfig(
-        hidden_size=fields.integer("hidden_size"),
-        attention_heads=fields.integer("attention_heads"),
-        intermediate_size=fields.integer("intermediate_size"),
+        hidden_size=fields.integer("hidden_size", most=MOST_WIDTH),
+        attention_heads=fields.integer("attention_heads", most=MOST_HEADS),
+        intermediate_size=fields.integer("intermediate_size", most=MOST_WIDTH),
         num_hidden_layers=num_hidden_layers,
-        num_global_layers=fields.integer("num_global_layers", least=0),
+        num_global_layers=fields.integer("num_global_layers", 0, MOST_LAYERS),
         intermediate_layers_indices=fields.indices(
             "intermediate_layers_indices", below=num_hidden_layers
         ),
-        image_size=fields.integer("image_size"),
-        patch_size=fields.integer("patch_size"),
+        image_size=fields.integer("image_size", most=MOST_PIXELS),
+        patch_size=fields.integer("patch_size", most=MOST_PIXELS),
         max_num_tiles=fields.integer("max_num_tiles", most=MOST_TILES),
         num_channels=fields.integer("num_channels"),
         norm_eps=fields.number("norm_eps"),
@@ -181,9 +174,11 @@ def _vision_config(fields: _Fields) -> VisionConfig:
     fields.only("num_channels", 3)
     fields.divides("attention_heads", into="hidden_size")
     fields.divides("patch_size", into="image_size")
+    if config.patches_per_side > MOST_PATCHES:
+        raise fields.fail("patch_size", f"at most {MOST_PATCHES} patches along an image_size")
     ratios = fields.data.get("supported_aspect_ratios")
     if ratios is not None and ratios != [list(grid) for grid in config.grids]:
-        raise fields.fail("supported_aspect_ratios", f"{[list(grid) for grid in config.grids]}")
+        raise fields.fail("supported_aspect_ratios", quote([list(grid) for grid in config.grids]))
     if fields.data.get("vision_output_dim", config.feature_size) != config.feature_size:
         raise fields.fail(
             "vision_output_dim",
@@ -196,21 +191,22 @@ def _text_config(fields: _Fields) -> TextConfig:
     fields.only("hidden_act", "silu")
     if fields.data.get("tie_word_embeddings"):
         raise fields.fail("tie_word_embeddings", "false: the head has its own weights")
-    num_hidden_layers = fields.integer("num_hidden_layers")
+    num_hidden_layers = fields.integer("num_hidden_layers", most=MOST_LAYERS)
+    vocab_size = fields.integer("vocab_size", most=MOST_TOKENS)
     rope_theta, rope_scaling = _rope(fields)
     config = TextConfig(
-        vocab_size=fields.integer("vocab_size"),
-        hidden_size=fields.integer("hidden_size"),
-        intermediate_size=fields.integer("intermediate_size"),
+        vocab_size=vocab_size,
+        hidden_size=fields.integer("hidden_size", most=MOST_WIDTH),
+        intermediate_size=fields.integer("intermediate_size", most=MOST_WIDTH),
         num_hidden_layers=num_hidden_layers,
-        num_attention_heads=fields.integer("num_attention_heads"),
-        num_key_value_heads=fields.integer("num_key_value_heads"),
+        num_attention_heads=fields.integer("num_attention_heads", most=MOST_HEADS),
+        num_key_value_heads=fields.integer("num_key_value_heads", most=MOST_HEADS),
         cross_attention_layers=fields.indices("cross_attention_layers", below=num_hidden_layers),
         rms_norm_eps=fields.number("rms_norm_eps"),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         max_position_embeddings=fields.integer("max_position_embeddings"),
-        bos_token_id=fields.integer("bos_token_id", least=0),
+        bos_token_id=fields.integer("bos_token_id", 0, vocab_size - 1),
         eos_token_ids=_token_ids(fields, "eos_token_id"),
     )
     fields.divides("num_attention_heads", into="hidden_size")
@@ -252,13 +248,34 @@ def _token_ids(fields: _Fields, field: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _dtype(data: dict[str, Any]) -> torch.dtype:
-    """The published type: `dtype` today, `torch_dtype` in 2024, beside or inside `text_config`."""
+def _dtype(data: dict[str, Any]) -> torch.dtype | None:
+    """The published type: `dtype` today, `torch_dtype` in 2024, beside or inside `text_config`.
+
+    None where it is not told: fine-tunes leave it out, or write "auto".
+    """
     for section in (data, data["text_config"]):
         for field in ("dtype", "torch_dtype"):
             name = section.get(field)
-            if isinstance(name, str) and name in DTYPES:
-                return DTYPES[name]
-            if name is not None:
+            if isinstance(name, str) and name.removeprefix("torch.") in DTYPES:
+                return DTYPES[name.removeprefix("torch.")]
+            if name not in (None, "auto"):
                 raise _Fields(section, "").fail(field, f"one of {', '.join(DTYPES)}")
-    raise ConfigError(f"config.json: torch_dtype is missing, expected one of {', '.join(DTYPES)}")
+    return None
+
+
+def _check_total(vision: VisionConfig, text: TextConfig) -> None:
+    """Sizes that are sane one by one may not be together; an estimate from above is enough."""
+    patches, tiles, width = vision.tokens_per_tile, vision.max_num_tiles, vision.hidden_size
+    layers = vision.num_hidden_layers + vision.num_global_layers
+    ids = 1 + len(vision.grids)
+    total = layers * width * (4 * width + 2 * vision.intermediate_size)
+    total += width * (3 * vision.patch_size**2 + patches + ids * tiles * (patches + 2))
+    total += vision.feature_size * text.hidden_size
+    total += 2 * text.embedding_rows * text.hidden_size
+    block = 4 * text.hidden_size + 3 * text.intermediate_size
+    total += text.num_hidden_layers * text.hidden_size * block
+    if total > MOST_WEIGHTS:
+        raise ConfigError(
+            f"config.json: the sizes in it make {total:.1e} weights together, expected at most "
+            f"{MOST_WEIGHTS:.1e}; it is damaged"
+        )

@@ -1,13 +1,19 @@
 """The safetensors files of a checkpoint: which there are, and what their headers declare."""
 
 import json
-from pathlib import Path
-from typing import NamedTuple
+import math
+import re
+from collections import Counter
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from llama_vision.errors import LlamaVisionError, some
+from llama_vision.checkpoint.unsupported import what_it_is
+from llama_vision.config import DTYPES
+from llama_vision.errors import LlamaVisionError, printable, quote, some
+from llama_vision.reading import MOST_BYTES, is_there, read_json, shown
 
 FLOATS = {
     "F64": torch.float64,
@@ -16,6 +22,11 @@ FLOATS = {
     "BF16": torch.bfloat16,
 }
 """Types that a tensor may be stored in, by their names in a header."""
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+NUMBERED = re.compile(r"(.+)-(\d{1,6})-of-(\d{1,6})\.safetensors", re.ASCII)
+NOT_MODELS = "adapter_"
+"""How files of weights begin that are no models: those of peft."""
 
 
 class CheckpointError(LlamaVisionError):
@@ -33,38 +44,94 @@ class Entry(NamedTuple):
 
 
 def find_shards(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those that its index lists, or the only one.
+    """The safetensors files of a checkpoint.
+
+    Those that its index lists; without an index `model.safetensors`, or the only file of another
+    name, or all of a numbered set (`x-00001-of-00002.safetensors`).
 
     Raises:
-        CheckpointError: there are none, or one that the index lists is missing.
+        CheckpointError: there are none, one that is listed is missing, or it is not clear which.
     """
-    index = directory / "model.safetensors.index.json"
-    single = directory / "model.safetensors"
-    if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = sorted({str(Path(name)) for name in weight_map.values()})
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{index} is damaged ({error!r}); fetch it again") from None
-        missing = [name for name in names if not (directory / name).is_file()]
-        if missing:
+    index = directory / INDEX
+    if is_there(index):
+        return _whole(directory, _listed(index))
+    if is_there(directory / SINGLE):
+        return _whole(directory, [SINGLE])
+    names = sorted(path.name for path in _safetensors(directory))
+    if numbered := _numbered(names):
+        return _whole(directory, numbered)
+    if len(names) == 1:
+        return _whole(directory, names)
+    if names:
+        raise CheckpointError(
+            f"{shown(directory)} has {len(names)} safetensors files and no {INDEX}: {some(names)}; "
+            f"expected one, or numbered ones of one set: fetch the index, or leave one"
+        )
+    found = what_it_is(directory)
+    raise CheckpointError(
+        f"{shown(directory)} has no {SINGLE} and no index of shards{found and '; '}{found}"
+    )
+
+
+def _safetensors(directory: Path) -> list[Path]:
+    try:
+        found = list(directory.glob("*.safetensors"))
+    except OSError as error:
+        raise CheckpointError(f"{shown(directory)} cannot be read: {error.strerror}") from None
+    return [path for path in found if not path.name.startswith(NOT_MODELS)]
+
+
+def _listed(index: Path) -> list[str]:
+    """The names in an index; they must lead to files below its directory."""
+    weight_map = read_json(index, CheckpointError).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(
+            f"{shown(index)} is damaged: weight_map is {quote(weight_map)}, expected names of "
+            "tensors and of the files that hold them; fetch it again"
+        )
+    for name in weight_map.values():
+        if not isinstance(name, str) or not _is_below(name):
             raise CheckpointError(
-                f"{directory} lacks {len(missing)} of {len(names)} shards: {some(missing)}; "
-                "fetch them again"
+                f"{shown(index)} is damaged: it lists the file {quote(name)}, expected names of "
+                "safetensors files beside it; fetch it again"
             )
-        return [directory / name for name in names]
-    if single.is_file():
-        return [single]
-    pickles = sorted(
-        p.name for pattern in ("*.bin", "*.pth", "*.pt") for p in directory.glob(pattern)
-    )
-    hint = (
-        f"; {some(pickles)} may run code when opened and is never loaded: convert it, "
-        "for Meta's files with weights/convert_meta.py"
-        if pickles
-        else ""
-    )
-    raise CheckpointError(f"{directory} has no model.safetensors and no index of shards{hint}")
+    return sorted(set(weight_map.values()))
+
+
+def _is_below(name: str) -> bool:
+    """Whether a name leads to a safetensors file in or below the directory that it is read in."""
+    for path in (PurePosixPath(name), PureWindowsPath(name)):
+        if path.is_absolute() or path.drive or path.root or ".." in path.parts:
+            return False
+    return name.isprintable() and name.endswith(".safetensors")
+
+
+def _numbered(names: list[str]) -> list[str]:
+    """All names of the set that these are of; nothing where they are not of one."""
+    found = [NUMBERED.fullmatch(name) for name in names]
+    if not names or not all(found) or len({(m[1], m[3]) for m in found}) > 1:
+        return []
+    stem, count = found[0][1], found[0][3]
+    numbers = range(1, int(count) + 1)
+    expected = [f"{stem}-{n:0{len(found[0][2])}}-of-{count}.safetensors" for n in numbers]
+    return expected if set(names) <= set(expected) else []
+
+
+def _whole(directory: Path, names: list[str]) -> list[Path]:
+    """Their paths, if all of them are files."""
+    missing = []
+    for name in names:
+        try:
+            found = (directory / name).is_file()
+        except OSError:  # a name that is too long, a directory that may not be searched
+            found = False
+        missing += [] if found else [name]
+    if missing:
+        raise CheckpointError(
+            f"{shown(directory)} lacks {len(missing)} of {len(names)} shards: {some(missing)}; "
+            "fetch them again"
+        )
+    return [directory / name for name in names]
 
 
 def read_headers(shards: list[Path]) -> dict[str, Entry]:
@@ -78,23 +145,44 @@ def read_headers(shards: list[Path]) -> dict[str, Entry]:
         for name, entry in _read_header(shard).items():
             if name in entries:
                 raise CheckpointError(
-                    f"{name} is in both {entries[name].shard.name} and {shard.name}"
+                    f"{printable(name)} is in both {printable(entries[name].shard.name)} and "
+                    f"{printable(shard.name)}"
                 )
             entries[name] = entry
     return entries
 
 
+def stored_type(directory: Path) -> torch.dtype:
+    """The type that most of a checkpoint's numbers are stored in, of those that it can load as.
+
+    Raises:
+        CheckpointError: see `find_shards`, `read_headers`; or none is of such a type.
+    """
+    sizes: Counter[torch.dtype] = Counter()
+    for entry in read_headers(find_shards(directory)).values():
+        if entry.dtype in FLOATS:
+            sizes[FLOATS[entry.dtype]] += math.prod(entry.shape)
+    if not sizes:
+        raise CheckpointError(f"{shown(directory)} holds no tensors of numbers with a point")
+    (dtype, _), *_ = sizes.most_common(1)
+    return dtype if dtype in DTYPES.values() else torch.float32
+
+
 def _read_header(shard: Path) -> dict[str, Entry]:
     """The tensors of one safetensors file: a length in 8 bytes, so much JSON, then their bytes."""
     try:
-        with safe_open(shard, framework="pt"):
-            pass  # it proves that the header is sound and the file as long as it says
         with shard.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-    except (SafetensorError, OSError) as error:
+            if length > MOST_BYTES:
+                raise SafetensorError(f"a header of {length:,} bytes")
+            with safe_open(shard, framework="pt"):
+                pass  # it proves that the header is sound and the file as long as it says
+            header: dict[str, Any] = json.loads(file.read(length))
+    except UnicodeEncodeError:
+        raise CheckpointError(f"{shown(shard)} has a path that is not UTF-8; rename it") from None
+    except (SafetensorError, OSError, ValueError, RecursionError, MemoryError) as error:
         raise CheckpointError(
-            f"{shard} is damaged or cut short ({error}; {shard.stat().st_size:,} bytes); "
+            f"{shown(shard)} is damaged or cut short ({printable(error)}; {_size(shard)} bytes); "
             "fetch it again"
         ) from None
     header.pop("__metadata__", None)
@@ -104,3 +192,10 @@ def _read_header(shard: Path) -> dict[str, Entry]:
         )
         for name, about in header.items()
     }
+
+
+def _size(file: Path) -> str:
+    try:
+        return f"{file.stat().st_size:,}"
+    except OSError:
+        return "unknown"

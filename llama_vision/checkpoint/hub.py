@@ -1,6 +1,7 @@
 """Where a checkpoint is: a directory, a repository of the Hugging Face hub, or beside the code."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,39 @@ from huggingface_hub.utils import validate_repo_id
 from llama_vision.checkpoint.config_json import read_config
 from llama_vision.checkpoint.files import CheckpointError, find_shards
 from llama_vision.config import OFFICIAL_SIZES, Config, official_config
-from llama_vision.errors import LlamaVisionError
+from llama_vision.errors import LlamaVisionError, printable, quote
+from llama_vision.reading import shown
 
 EXAMPLE_REPO = "meta-llama/Llama-3.2-11B-Vision-Instruct"
+EXPECTED = (
+    f"a directory with config.json and *.safetensors, or a repository id such as {EXAMPLE_REPO}"
+)
 NEEDED_FILES = ("*.json", "tokenizer.model", "*.safetensors")
 UNNEEDED_FILES = ("original/*",)
+FIRST_FILES = ("config.json", "adapter_config.json", "params.json")
+"""They tell whether the others can be loaded, and are fetched and read before them."""
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _HOME = _PACKAGE if (_PACKAGE / "weights").is_dir() else _PACKAGE.parent
 EMBEDDED_MODEL = _HOME / "weights" / "pico"
 """The small trained model: inside the package where it is installed, beside it in a checkout."""
+
+
+def source_path(source: object) -> Path:
+    """The path that a source would be, whether it is there or not.
+
+    Raises:
+        CheckpointError: it is no path and no repository id: another kind of value, or a path that
+            cannot be.
+    """
+    if isinstance(source, (str, Path)) and str(source):
+        try:
+            path = Path(source).expanduser()
+            path.exists()
+            return path
+        except (OSError, ValueError, RuntimeError):  # too long, a null byte, an unknown ~user
+            pass
+    raise CheckpointError(f"model is {quote(source)}; expected {EXPECTED}")
 
 
 def find_checkpoint(source: str | Path) -> Path:
@@ -33,16 +57,14 @@ def find_checkpoint(source: str | Path) -> Path:
 
     Raises:
         CheckpointError: neither, or the repository cannot be had; says what to do.
+        ConfigError: the repository's config.json tells that it cannot be loaded.
     """
-    directory = Path(source).expanduser()
+    directory = source_path(source)
     if directory.is_dir():
         return directory
     if directory.exists() or not _is_repo_id(str(source)):
         what = "is a file" if directory.exists() else "does not exist"
-        raise CheckpointError(
-            f"model {source} {what}; expected a directory with config.json and *.safetensors, "
-            f"or a repository id such as {EXAMPLE_REPO}"
-        )
+        raise CheckpointError(f"model {shown(source)} {what}; expected {EXPECTED}")
     try:
         cached = _snapshot(str(source), local_files_only=True)
         if _is_complete(cached):
@@ -53,30 +75,26 @@ def find_checkpoint(source: str | Path) -> Path:
 
 
 def load_config(source: str | Path) -> Config:
-    """The configuration of a directory, a repository (no other file is fetched), "11b" or "90b".
+    """The configuration of a directory, a repository (no weights are fetched), "11b" or "90b".
 
     Raises:
         CheckpointError: there is no such thing, or it cannot be had.
-        ConfigError: it describes another architecture.
+        ConfigError: it describes another architecture, or weights that cannot be loaded.
     """
+    directory = source_path(source)
     if str(source) in OFFICIAL_SIZES:
         return official_config(str(source))
-    directory = Path(source).expanduser()
     if directory.exists() or not _is_repo_id(str(source)):
         return read_config(find_checkpoint(source))
-    repo, files = str(source), ["config.json"]
+    repo = str(source)
     try:
-        cached = _snapshot(repo, files, local_files_only=True)
+        cached = _snapshot(repo, FIRST_FILES, local_files_only=True)
         if (cached / "config.json").is_file():
             return read_config(cached)
     except hub_errors.LocalEntryNotFoundError:
         pass
-    try:
-        return read_config(_snapshot(repo, files))
-    except LlamaVisionError:
-        raise
-    except Exception as error:
-        raise CheckpointError(_explain(repo, error)) from None
+    with _explained(repo):
+        return read_config(_snapshot(repo, FIRST_FILES))
 
 
 def _is_repo_id(source: str) -> bool:
@@ -111,14 +129,27 @@ def download(repo: str, *, to: Path | None = None, token: str | None = None) -> 
 
     Raises:
         CheckpointError: gated, unknown or out of reach; says what to do.
+        ConfigError: config.json tells that the weights cannot be loaded; they are not fetched.
     """
-    try:
+    with _explained(repo):
         if to is None:
-            return _snapshot(repo, token=token)
-        # Out of reach, snapshot_download would be content with whatever is in `to`: ask first.
-        commit = HfApi(token=token).model_info(repo).sha
-        return _snapshot(repo, token=token, local_dir=to, revision=commit)
-    except Exception as error:  # the HTTP client's own errors among them, which differ by version
+            how = {"token": token}
+        else:
+            # Out of reach, snapshot_download would be content with whatever is in `to`: ask first.
+            commit = HfApi(token=token).model_info(repo).sha
+            how = {"token": token, "local_dir": to, "revision": commit}
+        read_config(_snapshot(repo, FIRST_FILES, **how))
+        return _snapshot(repo, **how)
+
+
+@contextmanager
+def _explained(repo: str) -> Iterator[None]:
+    """Turn whatever the hub's client raises into one message, that of its HTTP client included."""
+    try:
+        yield
+    except LlamaVisionError:
+        raise
+    except Exception as error:
         raise CheckpointError(_explain(repo, error)) from None
 
 
@@ -135,8 +166,8 @@ def _explain(repo: str, error: Exception) -> str:
             "private, or pass a directory"
         )
     if isinstance(error, hub_errors.HFValidationError):
-        return f"{repo!r} is no repository id; expected one such as {EXAMPLE_REPO}"
-    first_line = (str(error).splitlines() or [""])[0]
+        return f"{quote(repo)} is no repository id; expected one such as {EXAMPLE_REPO}"
+    first_line = printable((str(error).splitlines() or [""])[0], 200)
     answer = getattr(error.__cause__ or error, "response", None)
     if getattr(answer, "status_code", None) in (401, 403):
         return (

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from llama_vision.checkpoint.files import FLOATS, CheckpointError, Entry, find_shards, read_headers
 from llama_vision.checkpoint.names import match_names
 from llama_vision.config import Config
+from llama_vision.errors import printable
 from llama_vision.model.model import LlamaVisionModel, model_without_weights
+from llama_vision.reading import shown
 
 BUFFER_BYTES = 16 * 2**20
 """Files are read in pieces of this size: all that loading needs beside the model itself."""
@@ -23,7 +25,8 @@ def load_model(
     The files are read, not mapped: afterwards the model does not depend on them.
 
     Raises:
-        CheckpointError: see `find_shards`, `read_headers`, `match_names`.
+        CheckpointError: see `find_shards`, `read_headers`, `match_names`; or a tensor holds what is
+            not finite, as it is stored or in the type asked for.
     """
     model = model_without_weights(config)
     entries = read_headers(find_shards(directory))
@@ -32,24 +35,44 @@ def load_model(
     buffer = bytearray(BUFFER_BYTES)
     with tqdm(total=len(names), desc="loading", unit="tensor", disable=None, leave=False) as bar:
         for name in in_file_order:
-            _fill(model, names[name], _read(entries[name], buffer, device, dtype))
+            tensor = torch.empty(entries[name].shape, dtype=dtype, device=device)
+            _read(name, entries[name], buffer, tensor)
+            _fill(model, names[name], tensor)
             bar.update()
     model.vision.compare_padding_tiles()
     return model.eval()
 
 
-def _read(entry: Entry, buffer: bytearray, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _read(name: str, entry: Entry, buffer: bytearray, tensor: Tensor) -> None:
     """One tensor, through the buffer, to its place and type."""
     stored = FLOATS[entry.dtype]
-    tensor = torch.empty(entry.shape, dtype=dtype, device=device)
-    with entry.shard.open("rb") as file:
-        file.seek(entry.offset)
-        for part in tensor.view(-1).split(len(buffer) // stored.itemsize):
-            size = part.numel() * stored.itemsize
-            if file.readinto(memoryview(buffer)[:size]) != size:
-                raise CheckpointError(f"{entry.shard} became shorter while it was read")
-            part.copy_(torch.frombuffer(buffer, dtype=stored, count=part.numel()))
-    return tensor
+    try:
+        with entry.shard.open("rb") as file:
+            file.seek(entry.offset)
+            for part in tensor.view(-1).split(len(buffer) // stored.itemsize):
+                size = part.numel() * stored.itemsize
+                if file.readinto(memoryview(buffer)[:size]) != size:
+                    raise CheckpointError(f"{shown(entry.shard)} became shorter while it was read")
+                read = torch.frombuffer(buffer, dtype=stored, count=part.numel())
+                part.copy_(read)
+                if not _is_finite(part):
+                    raise _not_finite(f"{printable(name)} in {entry.shard.name}", read, part.dtype)
+    except OSError as error:
+        raise CheckpointError(f"{shown(entry.shard)} cannot be read: {error.strerror}") from None
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers of it are; their sum shows that at once, unless it overflows alone."""
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+def _not_finite(where: str, stored: Tensor, dtype: torch.dtype) -> CheckpointError:
+    """What is to blame: the type asked for, where the numbers are finite in one of wider range."""
+    for wider in (torch.bfloat16, torch.float32):
+        if _is_finite(stored.to(wider)):
+            asked, other = (str(t).removeprefix("torch.") for t in (dtype, wider))
+            return CheckpointError(f"{where} is not finite in {asked}; use {other}")
+    return CheckpointError(f"{where} is not finite: the file is damaged; fetch it again")
 
 
 def _fill(model: nn.Module, name: str, tensor: Tensor) -> None:

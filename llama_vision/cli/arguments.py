@@ -1,23 +1,24 @@
 """Arguments of the command, and the rule of pruning that they ask for."""
 
 import argparse
+import os
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import IO, Any, NoReturn
 
-from llama_vision.cache.pruning import (
+from llama_vision.cache.pruning import Pruner, PruningError
+from llama_vision.cache.rules import (
     KeyNorm,
     LastQuery,
-    Pruner,
-    PruningError,
     RandomTokens,
     TopK,
     TrimmedLlama,
     UniformGrid,
 )
 from llama_vision.checkpoint.hub import EMBEDDED_MODEL
+from llama_vision.cli.terminal import write
+from llama_vision.engine.settings import Settings
 from llama_vision.engine.workload import PREFILL_CHUNK
-
-EXIT_USAGE = 2
+from llama_vision.errors import LlamaVisionError, quote
 
 PRUNERS = {
     "top-k": TopK,
@@ -28,16 +29,37 @@ PRUNERS = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse with one message for a mistake, and no page of usage around it."""
+class UsageError(LlamaVisionError):
+    """Arguments that are none of the command's."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with an exception for a mistake, and no page of usage around it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USAGE, f"{self.prog}: {message}; see --help\n")
+        """Raise UsageError."""
+        raise UsageError(f"{message}; see --help")
+
+    def print_help(self, file: IO[str] | None = None) -> None:
+        """Print it as an answer is."""
+        write(self.format_help(), end="")
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """Python 3.11 and older take the `--` of `--top-k=--` for the end of all options."""
+        if action.option_strings and arg_strings == ["--"]:
+            value = self._get_value(action, "--")
+            self._check_value(action, value)
+            return value
+        return super()._get_values(action, arg_strings)
 
 
 def read_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line; `--max-new-tokens`, `--max_new_tokens` and `--max-tokens` are one."""
-    parser = _Parser(
+    """Parse the command line; `--max-new-tokens`, `--max_new_tokens` and `--max-tokens` are one.
+
+    Raises:
+        UsageError: it cannot be parsed.
+    """
+    parser = Parser(
         prog="llama-vision",
         description="Ask Llama-3.2-Vision about pictures.",
         epilog="Text streams to stdout; progress, statistics and problems go to stderr.",
@@ -61,24 +83,47 @@ def _add_question(group: Group) -> None:
         help="checkpoint in the official layout (default: the small one that comes with the code)",
     )
     add("--image", action="append", default=[], metavar="PATH", help="a picture; may be repeated")
-    add("--prompt", metavar="TEXT")
-    add("--system", metavar="TEXT", help="system message")
+    add("--prompt", type=text, metavar="TEXT")
+    add("--system", type=text, metavar="TEXT", help="system message")
     add(
         "--raw",
         action="store_true",
         help="no chat format: complete the text, for base models; <|image|> marks places for "
         "images, else they go first",
     )
-    add("--max-tiles", type=int, metavar="N", help="most tiles an image is cut into")
+    add(
+        "--parse-special",
+        action="store_true",
+        help="read <|eot_id|> and the like in --prompt and --system as the tokens they name, and "
+        "<|image|> as the place of an image; else they are text",
+    )
+    add(
+        "--guard",
+        action="store_true",
+        help="for Llama Guard 3 Vision: judge --prompt, and --image, as a user's message; greedy "
+        "unless --temperature says otherwise",
+    )
+    add("--response", type=text, metavar="TEXT", help="with --guard, judge this answer to it")
+    add("--max-tiles", type=whole, metavar="N", help="most tiles an image is cut into")
 
 
 def _add_answer(group: Group) -> None:
     add = group.add_argument
-    add("--max-new-tokens", "--max-tokens", type=int, default=256, metavar="N")
-    add("--temperature", type=float, metavar="T", help="0 is greedy (default: the checkpoint's)")
-    add("--top-p", type=float, metavar="P")
-    add("--top-k", type=int, metavar="K", help="0 is no limit")
-    add("--seed", type=int, metavar="N", help="make the random draws repeatable")
+    most = f"most tokens of the answer (default: {Settings.max_new_tokens})"
+    add("--max-new-tokens", "--max-tokens", type=whole, metavar="N", help=most)
+    add("--temperature", type=real, metavar="T", help="0 is greedy (default: the checkpoint's)")
+    add("--top-p", type=real, metavar="P")
+    add("--top-k", type=whole, metavar="K", help="0 is no limit")
+    add("--min-p", type=real, metavar="P", help="least share of the likeliest token's probability")
+    add("--repetition-penalty", type=real, metavar="R", help="1 is none")
+    add("--seed", type=whole, metavar="N", help="make the random draws repeatable")
+    add(
+        "--stop",
+        type=text,
+        action="append",
+        metavar="TEXT",
+        help="end the answer before this text; may be repeated",
+    )
     add("--ignore-stop", action="store_true", help="go on past stop tokens")
     add(
         "--stats",
@@ -86,13 +131,14 @@ def _add_answer(group: Group) -> None:
         help="print tokens, times, and memory beside its plan to stderr",
     )
     add("--json", action="store_true", help="print one JSON object on the last line of stdout")
+    add("--top-logprobs", type=whole, metavar="N", help="in --json, of the N likeliest tokens")
 
 
 def _add_pruning(group: Group) -> None:
     add = group.add_argument
     add(
         "--k-ratio",
-        type=float,
+        type=real,
         metavar="R",
         help="prune with Trimmed Llama: top-k per head, k = R·V",
     )
@@ -112,10 +158,10 @@ def _add_memory(group: Group) -> None:
     add = group.add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
-    add("--max-seq-len", type=int, metavar="N", help="most tokens of prompt and answer together")
+    add("--max-seq-len", type=whole, metavar="N", help="most tokens of prompt and answer together")
     add(
         "--prefill-chunk",
-        type=int,
+        type=whole,
         default=PREFILL_CHUNK,
         metavar="N",
         help="most prompt tokens that go through a block at once (default: %(default)s); it "
@@ -144,9 +190,47 @@ def _add_memory(group: Group) -> None:
     add("--force", action="store_true", help="go on even where memory seems not to suffice")
 
 
-def number(text: str) -> int | float:
+def whole(argument: str) -> int:
+    """A whole number; its range is checked where it is used."""
+    try:
+        return int(_plain(argument))
+    except ValueError:  # more than 4,300 digits, too
+        raise _unread(argument, "a whole number") from None
+
+
+def real(argument: str) -> float:
+    """A number; its range is checked where it is used."""
+    try:
+        return float(_plain(argument))
+    except ValueError:
+        raise _unread(argument, "a number") from None
+
+
+def number(argument: str) -> int | float:
     """`800` is a count, `0.5` a fraction."""
-    return int(text) if text.lstrip("-").isdigit() else float(text)
+    try:
+        return whole(argument)
+    except argparse.ArgumentTypeError:
+        return real(argument)
+
+
+def text(argument: str) -> str:
+    """A text that came as UTF-8; bytes that are none are in it as lone surrogates."""
+    try:
+        return os.fsencode(argument).decode()
+    except UnicodeError:
+        raise _unread(argument, "a text in UTF-8") from None
+
+
+def _plain(argument: str) -> str:
+    """Digits of other scripts and `1_000`, which Python takes, are no numbers here."""
+    if not argument.isascii() or "_" in argument:
+        raise ValueError
+    return argument
+
+
+def _unread(argument: str, expected: str) -> argparse.ArgumentTypeError:
+    return argparse.ArgumentTypeError(f"{quote(argument)} is not {expected}")
 
 
 def build_pruner(options: argparse.Namespace) -> Pruner | None:

@@ -2,10 +2,10 @@
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from PIL.Image import Image
@@ -13,59 +13,69 @@ from PIL.Image import Image
 from llama_vision.api import LlamaVision
 from llama_vision.checkpoint.devices import choose_dtype, parse_device
 from llama_vision.checkpoint.hub import load_config
-from llama_vision.cli.arguments import EXIT_USAGE, build_pruner, read_arguments
+from llama_vision.cli.arguments import build_pruner, read_arguments
 from llama_vision.cli.reports import format_stats, make_report, print_plan
+from llama_vision.cli.terminal import (
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    run_command,
+    tell,
+    tell_table,
+    write,
+)
 from llama_vision.engine.capture import check_compiler
 from llama_vision.engine.engine import Engine
 from llama_vision.engine.request import Request
 from llama_vision.engine.settings import Settings
 from llama_vision.engine.workload import DEFAULT_SEQ_LEN, workload_alike
-from llama_vision.errors import LlamaVisionError
+from llama_vision.errors import some
 from llama_vision.inputs.chat import (
+    IMAGE_PLACE,
     Prompt,
     PromptError,
     chat_prompt,
     completion_prompt,
     place_images,
 )
+from llama_vision.inputs.guard import llama_guard_prompt
 from llama_vision.inputs.image import open_image
-from llama_vision.inputs.tokenizer import PlainBytes
+from llama_vision.inputs.special import BEGIN_OF_TEXT, reading_special, special_names
+from llama_vision.inputs.tokenizer import Tokenizer
+from llama_vision.inputs.vocabulary import PlainBytes
 from llama_vision.memory.fit import check_before_download
 
-EXIT_INTERRUPTED = 130
+__all__ = ["EXIT_INTERRUPTED", "EXIT_USAGE", "main"]
+
+SETTINGS = (
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "seed",
+    "stop",
+    "ignore_stop",
+    "top_logprobs",
+    "visual_budget",
+    "max_seq_len",
+    "max_tiles",
+    "prefill_chunk",
+)
+"""Of `Settings`, those with a flag of the same name."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code. A user's mistake is 2 and one message."""
-    try:
-        return run(read_arguments(sys.argv[1:] if arguments is None else arguments))
-    except LlamaVisionError as error:
-        print(f"llama-vision: {error}", file=sys.stderr)
-        return EXIT_USAGE
-    except KeyboardInterrupt:
-        print("llama-vision: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 0
+    """Run the command; returns its exit code, see `run_command`."""
+    given = sys.argv[1:] if arguments is None else arguments
+    return run_command("llama-vision", lambda: run(read_arguments(given)))
 
 
 def run(options: argparse.Namespace) -> int:
     """Plan, or load, answer and report."""
     # First what can be refused without the weights: they take long to load.
-    settings = {
-        "max_new_tokens": options.max_new_tokens,
-        "temperature": options.temperature,
-        "top_p": options.top_p,
-        "top_k": options.top_k,
-        "seed": options.seed,
-        "ignore_stop": options.ignore_stop,
-        "pruner": build_pruner(options),
-        "visual_budget": options.visual_budget,
-        "max_seq_len": options.max_seq_len,
-        "max_tiles": options.max_tiles,
-        "prefill_chunk": options.prefill_chunk,
-    }
+    check_question(options)
+    settings = chosen_settings(options)
     Settings(**settings)
     images = [open_image(path) for path in options.image]
     if options.plan or options.fit is not None:
@@ -92,14 +102,41 @@ def run(options: argparse.Namespace) -> int:
     return answer(model, engine, request, load_seconds, options)
 
 
+def check_question(options: argparse.Namespace) -> None:
+    """Refuse what cannot be asked for together.
+
+    Raises:
+        PromptError: says what to leave out.
+    """
+    if options.response is not None and not options.guard:
+        raise PromptError("--response is an answer that --guard judges; give both, or neither")
+    if options.raw and options.system is not None:
+        raise PromptError("--system needs the chat format; leave out --raw or --system")
+    for flag in ("raw", "system", "parse_special"):
+        if options.guard and getattr(options, flag):
+            name = flag.replace("_", "-")
+            raise PromptError(f"--guard has a format of its own; leave out --guard or --{name}")
+
+
+def chosen_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Those of `Settings` that were given; the others stay at its defaults."""
+    given = {name: getattr(options, name) for name in SETTINGS}
+    given["pruner"] = build_pruner(options)
+    if options.guard and options.temperature is None:
+        given["temperature"] = 0  # a verdict is no matter of chance
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def load_outline(options: argparse.Namespace) -> LlamaVision:
     """All of the checkpoint but its weights, if they would fit."""
     if not options.force:
         check_before_download(options.model, options.dtype, options.device)
     model = LlamaVision.without_weights(options.model, device=options.device, dtype=options.dtype)
     if model.tokenizer is not None and isinstance(model.tokenizer.vocabulary, PlainBytes):
-        note = "the checkpoint has no tokenizer; text is read and written as plain bytes"
-        print(f"llama-vision: {note}", file=sys.stderr)
+        tell("the checkpoint has no tokenizer; text is read and written as plain bytes")
+    if model.unsupported_settings:
+        names = some(list(model.unsupported_settings))
+        tell(f"generation_config.json asks for {names}, which is not supported and ignored")
     return model
 
 
@@ -112,18 +149,21 @@ def answer(
 ) -> int:
     """Stream the answer, then report; Ctrl-C ends the answer and keeps what there is of it."""
     exit_code = 0
+    begun = not options.guard  # Llama Guard's verdict comes after two line ends
     try:
         for piece in engine.stream(request):
-            print(piece, end="", flush=True)
+            shown = piece if begun else piece.lstrip("\n")
+            begun = begun or bool(shown)
+            write(shown, end="")
     except KeyboardInterrupt:
         exit_code = EXIT_INTERRUPTED
-    print()
+    write("")
     if options.stats or options.json:
         report = make_report(options.model, model, engine, request, load_seconds)
     if options.stats:
-        print(format_stats(report), file=sys.stderr)
+        tell_table(format_stats(report))
     if options.json:
-        print(json.dumps(report))
+        write(json.dumps(report, allow_nan=False))
     return exit_code
 
 
@@ -134,7 +174,7 @@ def plan(options: argparse.Namespace, images: list[Image], settings: dict[str, A
     as were given, or one of all tiles, and prompts as long as there is room for.
     """
     device = parse_device(options.device)
-    if options.prompt is not None and Path(options.model).expanduser().is_dir():
+    if options.prompt is not None and os.path.isdir(os.path.expanduser(options.model)):
         model = LlamaVision.without_weights(options.model, device="cpu", dtype=options.dtype)
         config, dtype = model.config, model.model.dtype
         workload = model.workload([build_prompt(model, options, images)], **settings)
@@ -155,13 +195,34 @@ def plan(options: argparse.Namespace, images: list[Image], settings: dict[str, A
 
 
 def build_prompt(model: LlamaVision, options: argparse.Namespace, images: list[Any]) -> Prompt:
-    """A chat of one turn, or with --raw a completion."""
+    """A chat of one turn, with --raw a completion, with --guard what Llama Guard judges."""
     tokenizer = model.need_tokenizer()
+    text, content = options.prompt, [*images, options.prompt]
+    if options.parse_special:
+        tokenizer = reading_special(tokenizer)
+    else:
+        tell_of_special(options, tokenizer)
+    if options.raw or options.parse_special:
+        text = text.removeprefix(BEGIN_OF_TEXT) if options.parse_special else text
+        content = place_images(text, images)
     if options.raw:
-        if options.system is not None:
-            raise PromptError("--system needs the chat format; leave out --raw or --system")
-        return completion_prompt(place_images(options.prompt, images), tokenizer)
-    messages = [{"role": "user", "content": [*images, options.prompt]}]
+        return completion_prompt(content, tokenizer)
+    messages = [{"role": "user", "content": content}]
+    if options.guard:
+        answers = [] if options.response is None else [options.response]
+        messages += [{"role": "assistant", "content": answer} for answer in answers]
+        return llama_guard_prompt(messages, tokenizer)
     if options.system is not None:
         messages.insert(0, {"role": "system", "content": options.system})
     return chat_prompt(messages, tokenizer)
+
+
+def tell_of_special(options: argparse.Namespace, tokenizer: Tokenizer) -> None:
+    """Say which special tokens a text names that is not read for them."""
+    remedy = "" if options.guard else "; --parse-special reads such names as tokens"
+    for flag in ("system", "prompt", "response"):
+        names = special_names(getattr(options, flag) or "", tokenizer)
+        if options.raw:
+            names = [name for name in names if name != IMAGE_PLACE]  # it is read, as a place
+        if names:
+            tell(f"--{flag} has {some(names)}, taken as text{remedy}")

@@ -8,11 +8,12 @@ import torch
 
 from llama_vision.api import LlamaVision
 from llama_vision.cache.kv import Cache
+from llama_vision.cli.terminal import write
 from llama_vision.config import Config
 from llama_vision.engine.engine import Engine
 from llama_vision.engine.request import Request
 from llama_vision.engine.workload import Workload
-from llama_vision.errors import SettingError
+from llama_vision.errors import LONGEST_MESSAGE, SettingError, printable
 from llama_vision.memory.fit import largest_settings
 from llama_vision.memory.free import known_free_memory
 from llama_vision.memory.plan import MemoryPlan, plan_run
@@ -32,6 +33,7 @@ def make_report(
         "token_ids": completion.token_ids,
         "prompt_token_ids": list(request.prompt.token_ids),
         "logprobs": completion.logprobs,
+        "top_logprobs": [[one._asdict() for one in step] for step in completion.top_logprobs],
         "finish_reason": completion.finish_reason,
         "model": str(name),
         "device": str(model.model.device),
@@ -104,16 +106,16 @@ def print_plan(
         **plan.to_dict(),
     }
     if fit is None:
-        print(format_heading(data))
-        print(format_plan(plan, workload, config, device.type, free))
+        write(format_heading(data))
+        write(format_plan(plan, workload, config, device.type, free))
     else:
         if room is None:
             raise SettingError(f"what is free on {device} is unknown; give a size: --fit 24GiB")
         data["fit"] = largest_settings(config, workload, dtype=dtype, device=device, room=room)
         data["room"] = room
-        print(format_fit(data))
+        write(format_fit(data))
     if as_json:
-        print(json.dumps(data))
+        write(json.dumps(data))
     return 0
 
 
@@ -124,7 +126,8 @@ def format_heading(data: dict[str, Any]) -> str:
     each += f" of {max(tiles)} tile{'s' * (max(tiles) != 1)}" if tiles else ""
     prompts = f"{data['batch']} prompt{'s' * (data['batch'] != 1)}"
     return (
-        f"{data['model']}, {data['dtype']}, {data['device']}: {prompts}, each {each}, "
+        f"{printable(data['model'], LONGEST_MESSAGE)}, {data['dtype']}, {data['device']}: "
+        f"{prompts}, each {each}, "
         f"at most {data['max_seq_len']:,} tokens"
     )
 

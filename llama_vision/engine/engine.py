@@ -8,26 +8,28 @@ takes the next request. A single answer, a batch, a stream and a conversation ar
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llama_vision.cache.kv import Cache
-from llama_vision.cache.pruning import PruningError
 from llama_vision.engine.capture import check_compiler
+from llama_vision.engine.choose import LogitsError, choose_tokens
 from llama_vision.engine.decode import Decoder
 from llama_vision.engine.prefill import prefill
-from llama_vision.engine.request import Checkpoint, Completion, Request, TextOfRequest
-from llama_vision.engine.sampling import sample
-from llama_vision.engine.settings import Settings
+from llama_vision.engine.request import Checkpoint, Completion, Request
+from llama_vision.engine.settings import SETTINGS, Settings
 from llama_vision.engine.stopwatch import Stopwatch
 from llama_vision.engine.workload import DEFAULT_SEQ_LEN, Workload, slot_capacity
 from llama_vision.errors import LlamaVisionError
-from llama_vision.inputs.chat import Prompt
+from llama_vision.inputs.chat import PROMPT, Prompt, PromptError
 from llama_vision.inputs.image import tile_image
+from llama_vision.inputs.tokenizer import needed
 from llama_vision.model import kernels
+from llama_vision.values import Flag, Instance, check, check_flags
+
+MODEL = Instance(Checkpoint, "a LlamaVision, such as LlamaVision.from_pretrained(…) gives")
 
 
 class EngineError(LlamaVisionError):
@@ -66,6 +68,8 @@ class Engine:
         graphs: bool = True,
         force: bool = False,
     ):
+        check("model", model, MODEL, error=EngineError)
+        check_flags(compiled=compiled, graphs=graphs, force=force)
         capacity = slot_capacity(model.config, slots, max_seq_len, visual_budget)
         later, first = visual_capacity or (capacity, None)
         if compiled:
@@ -74,7 +78,7 @@ class Engine:
             model.room.check_slots(slots, max_seq_len, capacity)
         if model.model.dtype == torch.float32:
             kernels.fastest()  # now, not in a run that is measured
-        self.checkpoint, self.config = model, model.config
+        self.checkpoint, self.config, self.closed = model, model.config, False
         self.cache = Cache(
             model.config.text,
             slots=slots,
@@ -89,7 +93,6 @@ class Engine:
         self.waiting: deque[Request] = deque()
         self.held: dict[int, Request] = {}
         """The latest request of each slot that is taken."""
-        self.closed = False
         self.workload: Workload | None = None  # what it was made for, if that was known
         self.seconds = {"vision": 0.0, "prefill": 0.0, "decode": 0.0}
         self.ledger: Any = None  # a `memory.ledger.Ledger` that is to note the peaks of memory
@@ -116,16 +119,17 @@ class Engine:
         """
         if self.closed:
             raise EngineError("the engine is closed and takes no more requests; make a new one")
+        settings = Settings() if settings is None else check("settings", settings, SETTINGS)
         request = Request(
-            prompt,
-            replace(settings or Settings(), **given),
+            check("prompt", prompt, PROMPT, error=PromptError),
+            settings.but(**given),
             self.checkpoint,
             rows_before=self._rows_before(after),
             capacity=self.cache.text.capacity,
             after=after,
-            hold=hold,
+            hold=check("hold", hold, Flag()),
         )
-        self._check_budget(request)
+        request.check_budgets(self.cache.visual, self.visual_budgets)
         self.waiting.append(request)
         return request
 
@@ -166,22 +170,26 @@ class Engine:
 
     def stream(self, request: Request) -> Iterator[str]:
         """Step until a request has finished, and yield its text in pieces of whole characters."""
-        text = TextOfRequest(request, self.checkpoint.tokenizer)
-        yield text.new()
-        while request.finish_reason is None:
+        needed(self.checkpoint.tokenizer)
+        shown = 0
+        while True:
+            text = request.answer.settled
+            yield text[shown:]
+            if request.finish_reason is not None:
+                return
+            shown = len(text)
             self.step()
-            yield text.new()
 
     def completion(self, request: Request) -> Completion:
         """What has been made of a request so far."""
-        return request.completion(self.config, self.checkpoint.tokenizer)
+        return request.completion()
 
     def cancel(self, request: Request) -> None:
         """End a request where it is; its slot is free for the next one."""
         if request in self.waiting:
             self.waiting.remove(request)
         if request.finish_reason is None:
-            request.finish_reason = "interrupted"
+            request.finish("interrupted")
             if not request.hold:
                 self._give_back(request)
 
@@ -202,6 +210,7 @@ class Engine:
         """Rows of a conversation's slot, the last answer's token that was not fed back included."""
         if after is None:
             return 0
+        check("after", after, Instance(Request, "a request that submit gave"), error=EngineError)
         held = after.slot is not None and self.held.get(after.slot) is after
         if not held or any(request.after is after for request in self.waiting):
             raise EngineError(
@@ -211,20 +220,6 @@ class Engine:
         if after.finish_reason is None:
             raise EngineError("the request to go on from has not finished; step until it has")
         return self.cache.text.lengths[after.slot] + len(after.token_ids[-1:])
-
-    def _check_budget(self, request: Request) -> None:
-        pruner, visual = request.settings.pruner, self.cache.visual
-        pruned, need = pruner is not None, request.size.decoded(self.config)
-        whole = pruned and not getattr(pruner, "trim_first_layer", True) and visual.fixed
-        if whole and need > visual.capacities[0]:
-            raise PruningError(
-                f"the pruner leaves the first cross-attention layer whole, which needs {need} "
-                f"tokens where its cache holds {visual.capacities[0]}; raise visual_budget, or "
-                "prune with trim_first_layer=True"
-            )
-        for budget in (request.settings.visual_budget, *self.visual_budgets):
-            load = Workload((request.size,), 1, 1, pruned=pruned, visual_budget=budget)
-            load.check_budget(self.config)
 
     def _can_enter(self, request: Request) -> bool:
         """Whether there is a slot for it: a free one, or that of its conversation."""
@@ -240,7 +235,7 @@ class Engine:
             self.held[request.slot] = request
             self._prefill(request)
         except BaseException:
-            request.finish_reason = "interrupted"
+            request.finish("interrupted")
             self._give_back(request)
             raise
 
@@ -270,19 +265,23 @@ class Engine:
         self._note_tokens([request], logits)
 
     def _note_tokens(self, requests: Sequence[Request], logits: Tensor) -> None:
-        """Choose each request's next token, and see whether its answer has ended."""
+        """Choose each request's next token, and see whether its answer has ended.
+
+        Raises:
+            LogitsError: of one of them, which ends there; the others go on.
+        """
         with self._phase("decode", "sampling"):
-            samplings, generators = zip(*((r.sampling, r.generator) for r in requests), strict=True)
-            tokens, logprobs = (t.tolist() for t in sample(logits, samplings, generators))
-        for request, token, logprob in zip(requests, tokens, logprobs, strict=True):
-            request.token_ids.append(token)
-            request.logprobs.append(logprob)
-            if token in request.stop_ids:
-                request.finish_reason = "stop"
-            elif self.cache.text.lengths[request.slot] + 1 == request.limit:
-                request.finish_reason = "length"
+            all_chosen = choose_tokens(requests, logits, self.checkpoint.model)
+        for request, chosen in zip(requests, all_chosen, strict=True):
+            if isinstance(chosen, LogitsError):
+                self.cancel(request)
+                continue
+            request.note_token(chosen, rows=self.cache.text.lengths[request.slot])
             if request.finish_reason and not request.hold:
                 self._give_back(request)
+        for chosen in all_chosen:
+            if isinstance(chosen, LogitsError):
+                raise chosen
 
     @contextmanager
     def _phase(self, seconds: str, memory: str | None = None) -> Iterator[None]:

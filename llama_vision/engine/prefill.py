@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llama_vision.cache.kv import Cache
-from llama_vision.cache.pruning import Pruner, check_keep_mask
+from llama_vision.cache.pruning import Pruner, ask
 from llama_vision.cache.visual_tokens import VisualTokens
 from llama_vision.engine.encode import TOKENS_AT_ONCE, encode_group
 from llama_vision.engine.segments import Segment, cut_into_segments
@@ -48,6 +48,7 @@ def prefill(
     visual_budgets: Sequence[float | int] = (),
     first_group: int = 0,
     chunk: int = PREFILL_CHUNK,
+    every_chunk: bool = True,
     every_row: bool = False,
     phase: Phase = nullcontext,
 ) -> tuple[Tensor, list[Tensor]]:
@@ -60,11 +61,10 @@ def prefill(
         visual_budgets: of a group, counts or fractions; the least of them holds.
         first_group: number of the first group among those of the conversation.
         chunk: most rows that go through a block at once, which changes no result.
+        every_chunk: False runs the first and last of many only, which is enough for a plan.
 
     Returns:
         Logits [1 or (every_row) S, vocabulary], float32; each image's kept tokens, bool [t, P].
-
-    Raises: CacheError where there is no room, PruningError where the pruner's answer is none.
     """
     cache.text.check_room(slot, len(token_ids))
     image_id, images, logits, kept = model.config.text.image_token_id, iter(images), [], []
@@ -72,7 +72,7 @@ def prefill(
         with phase("vision") if segment.images else nullcontext():
             group = _next_group(model, segment, images, first_group, visual_budgets)
         with phase("prefill"):
-            forward = SegmentForward(model, cache, slot, segment, group, pruner, chunk)
+            forward = SegmentForward(model, cache, slot, segment, group, pruner, chunk, every_chunk)
             logits += forward.run(token_ids, every_row)
         kept += forward.kept
         del forward, group  # they need no room beside the next group
@@ -128,6 +128,7 @@ class SegmentForward:
         group: VisualTokens | None,
         pruner: Pruner | None,
         chunk: int,
+        every_chunk: bool = True,
     ):
         self.text, self.cache, self.slot = model.text, cache, slot
         self.held = cache.text.lengths[slot]
@@ -139,6 +140,7 @@ class SegmentForward:
         self.frequencies = rotary_frequencies(model.config.text, model.device)
         self.store = segment.is_last and group is not None
         """Whether the cache is to hold the group: later rows will see it."""
+        self.every_chunk = every_chunk
         self.kept: list[Tensor] = []
         self._context: tuple[slice, TextContext] | None = None
 
@@ -151,7 +153,7 @@ class SegmentForward:
         h = self.text.embed_tokens(torch.tensor([ids], device=self.frequencies.device))  # [1, S, D]
         for block in self.text.layers:
             if isinstance(block, SelfAttentionBlock):
-                for rows in row_chunks(range(h.shape[1]), self.chunk, self.held):
+                for rows in self._chunks(range(h.shape[1]), self.held):
                     h[:, rows] = block(h[:, rows], self._text_context(rows))
             elif self.sees_images:
                 self._cross_attend(block, h)
@@ -161,6 +163,10 @@ class SegmentForward:
         self.cache.advance(self.slot, h.shape[1])
         asked = h[0] if every_row else h[0, -1:]
         return [self.text.logits(asked)] if every_row or self.segment.is_last else []
+
+    def _chunks(self, rows: range, held: int | None = None) -> list[slice]:
+        chunks = row_chunks(rows, self.chunk, held)
+        return chunks if self.every_chunk or len(chunks) < 5 else chunks[:2] + chunks[-2:]
 
     def _text_context(self, rows: slice) -> TextContext:
         """The last one is remembered: all of a long prompt's would be large."""
@@ -214,7 +220,7 @@ class SegmentForward:
             visible = torch.tensor([list(accumulate(self.counts))], device=self.frequencies.device)
             yield slice(rows.start, rows.stop), visible
         start = rows.stop if len(rows) > 1 else rows.start
-        for some in row_chunks(range(start, len(self.segment.rows)), self.chunk):
+        for some in self._chunks(range(start, len(self.segment.rows))):
             yield some, None
 
     def _keys_values(self, block: CrossAttentionBlock) -> tuple[Tensor, Tensor]:
@@ -255,7 +261,7 @@ class SegmentForward:
         """Ask the pruner, go on with the tokens that it keeps, and hold only them in the cache."""
         group, pruner = self.group, self.pruner
         group.keys = keys[0]
-        mask = check_keep_mask(pruner(saliency, group), pruner, group)
+        mask = ask(pruner, saliency, group)
         group.keys = None
         self.kept = group.of_each_image(mask)
         self.counts = [int(kept.sum()) for kept in self.kept]

@@ -4,20 +4,40 @@ import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from llama_vision.cache.kv import VisualStore
+from llama_vision.cache.pruning import PruningError
 from llama_vision.config import Config
+from llama_vision.engine.answer_text import AnswerText
 from llama_vision.engine.sampling import Sampling
 from llama_vision.engine.settings import Settings
-from llama_vision.engine.workload import PromptSize
+from llama_vision.engine.workload import PromptSize, Workload
 from llama_vision.inputs.chat import Prompt
-from llama_vision.inputs.tokenizer import TextStream, Tokenizer, needed
+from llama_vision.inputs.tokenizer import Tokenizer, needed
 from llama_vision.model.model import LlamaVisionModel
 
 FinishReason = Literal["stop", "length", "interrupted"]
+
+
+class TokenLogprob(NamedTuple):
+    """A token that might have come, and the natural log of its probability."""
+
+    id: int
+    logprob: float
+
+
+class Chosen(NamedTuple):
+    """A request's next token."""
+
+    token: int
+    logprob: float
+    """Natural log of its probability under the model itself (temperature 1), float32."""
+    top: list[TokenLogprob]
+    """The likeliest ones, as many as were asked for."""
 
 
 class VisualCounts(NamedTuple):
@@ -36,17 +56,21 @@ class Completion:
     """What the model made of one prompt."""
 
     token_ids: list[int]
-    """Generated ids, a final stop token included."""
+    """Generated ids, a final stop token included, and those of a stop string."""
     logprobs: list[float]
     """Natural log of each id's probability under the model itself (temperature 1), float32."""
     text: str
-    """Without special tokens; empty where the checkpoint has no tokenizer."""
+    """Without special tokens and stop strings; empty where the checkpoint has no tokenizer."""
     finish_reason: FinishReason
     visual_tokens: VisualCounts
     kept: list[Tensor]
     """For each image a bool tensor [tiles, P]; class token first, then patches row by row."""
+    top_logprobs: list[list[TokenLogprob]]
+    """For each of `token_ids` the likeliest under the model itself, the likeliest first, as many as
+    the settings ask for."""
 
 
+@runtime_checkable
 class Checkpoint(Protocol):
     """What an engine runs: a `LlamaVision`."""
 
@@ -86,23 +110,31 @@ class Request:
         hold: bool,
     ):
         self.prompt, self.settings, self.after, self.hold = prompt, settings, after, hold
-        self.tiles = settings.limited("max_tiles", checkpoint.config.vision.max_num_tiles)
-        self.size = PromptSize.of(prompt, checkpoint.config, self.tiles)
+        self.config = checkpoint.config
+        self.tiles = settings.limited("max_tiles", self.config.vision.max_num_tiles)
+        self.size = PromptSize.of(prompt, self.config, self.tiles)
         self.limit = settings.limit(rows_before + len(prompt.token_ids), capacity)
         """Most rows of its slot."""
         self.sampling = settings.sampling(checkpoint.sampling)
         stop_ids = checkpoint.stop_ids if settings.stop_ids is None else settings.stop_ids
         self.stop_ids = frozenset(() if settings.ignore_stop else stop_ids)
+        tokenizer = needed(checkpoint.tokenizer) if settings.stop else checkpoint.tokenizer
+        self.answer = AnswerText(tokenizer, settings.stop) if tokenizer else None
         seed = secrets.randbits(63) if settings.seed is None else settings.seed
         self.generator = torch.Generator().manual_seed(seed)
+        text = self.config.text
+        self.never = [text.image_token_id] * (text.image_token_id < text.vocab_size)
+        """Ids that are never chosen: a model whose vocabulary grew past `<|image|>` has a logit for
+        it, and no picture to put there."""
         self.slot: int | None = None
         """Where the engine holds it; None while it waits and once its slot is given back."""
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
+        self.top_logprobs: list[list[TokenLogprob]] = []
         self.kept: list[Tensor] = []
         self.finish_reason: FinishReason | None = None
         """None until it has finished."""
-        new_groups = len(self.size.groups(checkpoint.config))
+        new_groups = len(self.size.groups(self.config))
         self.groups = new_groups + (after.groups if after else 0)
         """Groups of images of the conversation, this prompt's included."""
 
@@ -112,35 +144,62 @@ class Request:
         unread = self.after.token_ids[-1:] if self.after is not None else []
         return [*unread, *self.prompt.token_ids]
 
-    def completion(self, config: Config, tokenizer: Tokenizer | None) -> Completion:
+    def check_budgets(self, store: VisualStore, budgets: Sequence[float | int]) -> None:
+        """Raise PruningError where its images need more than a store or one of the budgets has."""
+        pruner, need = self.settings.pruner, self.size.decoded(self.config)
+        whole = pruner is not None and not getattr(pruner, "trim_first_layer", True)
+        if whole and store.fixed and need > store.capacities[0]:
+            raise PruningError(
+                f"the pruner leaves the first cross-attention layer whole, which needs {need} "
+                f"tokens where its cache holds {store.capacities[0]}; raise visual_budget, or "
+                "prune with trim_first_layer=True"
+            )
+        for budget in (self.settings.visual_budget, *budgets):
+            load = Workload((self.size,), 1, 1, pruned=pruner is not None, visual_budget=budget)
+            load.check_budget(self.config)
+
+    @property
+    def seen(self) -> set[int]:
+        """Token ids of the conversation so far."""
+        before = self.after.seen if self.after is not None else set()
+        return before.union(self.prompt.token_ids, self.token_ids)
+
+    def note_token(self, chosen: Chosen, rows: int) -> None:
+        """Go on with a token, and see whether it ends the answer.
+
+        Args:
+            rows: those that its slot holds.
+        """
+        token = chosen.token
+        self.token_ids.append(token)
+        self.logprobs.append(chosen.logprob)
+        self.top_logprobs.append(chosen.top)
+        is_stop = token in self.stop_ids
+        if self.answer is not None and not is_stop:
+            self.answer.add(token)
+        if is_stop or (self.answer is not None and self.answer.stopped):
+            self.finish("stop")
+        elif rows + 1 == self.limit:
+            self.finish("length")
+
+    def finish(self, reason: FinishReason) -> None:
+        """No more tokens come."""
+        self.finish_reason = reason
+        if self.answer is not None:
+            self.answer.end()
+
+    def completion(self) -> Completion:
         """What has been made so far."""
-        vision = config.vision
+        vision = self.config.vision
         encoded = len(self.size.grids) * vision.max_num_tiles * vision.tokens_per_tile
         valid = sum(map(math.prod, self.size.grids)) * vision.tokens_per_tile
         kept = sum(int(mask.sum()) for mask in self.kept)
         return Completion(
             token_ids=list(self.token_ids),
             logprobs=list(self.logprobs),
-            text=tokenizer.decode(self.spoken(self.token_ids)) if tokenizer else "",
+            text=self.answer.text if self.answer is not None else "",
             finish_reason=self.finish_reason or "interrupted",
             visual_tokens=VisualCounts(encoded, valid, kept),
             kept=list(self.kept),
+            top_logprobs=list(self.top_logprobs),
         )
-
-    def spoken(self, token_ids: Sequence[int]) -> list[int]:
-        """Those that are no stop tokens."""
-        return [token for token in token_ids if token not in self.stop_ids]
-
-
-class TextOfRequest:
-    """The text of a request as it grows, in pieces of whole characters."""
-
-    def __init__(self, request: Request, tokenizer: Tokenizer | None):
-        self.request, self.stream, self.read = request, TextStream(needed(tokenizer)), 0
-
-    def new(self) -> str:
-        """What has come since it was last asked; at the end the rest of a broken character too."""
-        ids = self.request.token_ids[self.read :]
-        self.read += len(ids)
-        text = "".join(self.stream.add(token) for token in self.request.spoken(ids))
-        return text + self.stream.end() if self.request.finish_reason else text

@@ -1,5 +1,6 @@
 """What is asked of an engine, as far as memory goes: sizes of prompts, slots and caches."""
 
+import inspect
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -8,9 +9,9 @@ from llama_vision.cache.pruning import PruningError
 from llama_vision.cache.visual_tokens import Grid
 from llama_vision.config import Config
 from llama_vision.engine.segments import cut_into_segments
-from llama_vision.errors import SettingError
 from llama_vision.inputs.chat import Prompt, check_prompt
 from llama_vision.inputs.image import TiledImage, check_tiles, grid_of
+from llama_vision.values import Either, Number, Whole, check
 
 PREFILL_CHUNK = 2048
 """Rows of a prompt that keep a GPU busy; more of them at once would only take more memory."""
@@ -18,6 +19,12 @@ PREFILL_CHUNK = 2048
 
 DEFAULT_SEQ_LEN = 2048
 """Tokens of a prompt and its answer that there is room for where nothing else is said."""
+
+BUDGET = Either(
+    (Whole(1), Number(0, 1, above=True)),
+    words="a fraction above 0 and at most 1.0, or a whole number of tokens",
+)
+"""Most visual tokens of a group of images to keep."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,7 @@ class PromptSize:
     @classmethod
     def of(cls, prompt: Prompt, config: Config, max_tiles: int) -> "PromptSize":
         """That of a prompt, which is checked; its pictures are not cut up yet."""
-        check_prompt(prompt, config.text.image_token_id)
+        check_prompt(prompt, config.text.image_token_id, config.text.largest_token_id)
         side = config.vision.image_size
         for image in prompt.images:
             if isinstance(image, TiledImage):
@@ -62,6 +69,8 @@ class Workload:
     prefill_chunk: int = PREFILL_CHUNK
     pruned: bool = False
     """Whether a pruner chooses among the visual tokens."""
+    needs_copies: bool = False
+    """Whether that pruner is shown copies, see `cache.pruning`."""
     visual_budget: float | int | None = None
     """Most visual tokens of a group to keep: a count, or a fraction of them."""
     trim_first_layer: bool = True
@@ -111,16 +120,11 @@ def budget_in_tokens(budget: float | int | None, tokens: int) -> int:
     """
     if budget is None:
         return tokens
-    is_number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
-    if not is_number or not budget > 0 or (isinstance(budget, float) and budget > 1):
-        raise PruningError(
-            f"visual_budget is {budget!r}; expected a fraction above 0 and at most 1.0, "
-            "or a whole number of tokens"
-        )
+    budget = check("visual_budget", budget, BUDGET, error=PruningError)
     most = min(budget, tokens) if isinstance(budget, int) else math.floor(budget * tokens)
     if tokens and not most:
         raise PruningError(
-            f"visual_budget is {budget!r}, less than one of the {tokens} visual tokens of a group "
+            f"visual_budget is {budget}, less than one of the {tokens} visual tokens of a group "
             "of images; expected a larger fraction, or a whole number of tokens"
         )
     return most
@@ -135,10 +139,8 @@ def slot_capacity(
         LlamaVisionError: a number is out of range.
     """
     most = config.text.max_position_embeddings
-    if slots < 1:
-        raise SettingError(f"slots is {slots}; expected 1 or more")
-    if not 1 <= max_seq_len <= most:
-        raise SettingError(f"max_seq_len is {max_seq_len}; expected 1 to {most} for this model")
+    check("slots", slots, Whole(1))
+    check("max_seq_len", max_seq_len, Whole(1, most, means="for this model"))
     image = config.vision.max_num_tiles * config.vision.tokens_per_tile
     part = budget_in_tokens(visual_budget, image)
     return part if isinstance(visual_budget, float) else visual_budget
@@ -155,7 +157,7 @@ def workload_alike(
     visual_budget: float | int | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
 ) -> Workload:
-    """Prompts of equal size, so many at once, each in a slot of its own.
+    """Prompts of equal size, a batch of them at once, each in a slot of its own.
 
     Args:
         images: of each prompt, side by side in front of the text.
@@ -169,24 +171,21 @@ def workload_alike(
         LlamaVisionError: a number is out of range.
     """
     tiles = config.vision.max_num_tiles if tiles is None else tiles
+    check("batch", batch, Whole(1))
+    check("max_seq_len", max_seq_len, Whole(2, config.text.max_position_embeddings))
     prompt_tokens = max_seq_len - 1 if prompt_tokens is None else prompt_tokens
-    _check_range("batch", batch, 1)
-    _check_range("max_seq_len", max_seq_len, 2, config.text.max_position_embeddings)
-    _check_range("images", images, 0, max_seq_len - 1)
-    _check_range("tiles", tiles, 1, config.vision.max_num_tiles)
-    _check_range("prompt_tokens", prompt_tokens, max(1, images), max_seq_len - 1)
-    _check_range("prefill_chunk", prefill_chunk, 1)
+    check("images", images, Whole(0, max_seq_len - 1))
+    check("tiles", tiles, Whole(1, config.vision.max_num_tiles))
+    check("prompt_tokens", prompt_tokens, Whole(max(1, images), max_seq_len - 1))
+    check("prefill_chunk", prefill_chunk, Whole(1))
     token_ids = (config.text.image_token_id,) * images + (0,) * (prompt_tokens - images)
     prompt = PromptSize(token_ids, ((1, tiles),) * images)
     budget = visual_budget if images else None
-    load = Workload(
-        (prompt,) * batch, batch, max_seq_len, prefill_chunk, budget is not None, budget
-    )
+    prompts, pruned = (prompt,) * batch, budget is not None
+    load = Workload(prompts, batch, max_seq_len, prefill_chunk, pruned, visual_budget=budget)
     load.check_budget(config)
     return load
 
 
-def _check_range(name: str, value: int, least: int, most: int | None = None) -> None:
-    if value < least or (most is not None and value > most):
-        upper = "or more" if most is None else f"to {most}"
-        raise SettingError(f"{name} is {value}; expected {least} {upper}")
+SIZES = tuple(inspect.signature(workload_alike).parameters)[1:]
+"""What `workload_alike` takes, by name."""

@@ -1,41 +1,67 @@
 """Conversations and completions become prompts: token ids with an `<|image|>` for every picture."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from PIL import Image
 
-from llama_vision.errors import LlamaVisionError
-from llama_vision.inputs.image import TiledImage, open_image
+from llama_vision.errors import quote
+from llama_vision.inputs.image import TiledImage
+from llama_vision.inputs.messages import (
+    PromptError,
+    check_messages,
+    parts_of,
+    role_and_content,
+)
+from llama_vision.inputs.pictures import is_picture, open_image
 from llama_vision.inputs.tokenizer import Tokenizer
+from llama_vision.values import Instance
 
-ROLES = ("system", "user", "assistant")
 IMAGE_PLACE = "<|image|>"
-
-
-class PromptError(LlamaVisionError):
-    """A message or prompt that cannot be read, or whose images and places for them differ."""
+MOST_TOKENS = 1 << 24
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the model is asked to go on from."""
+    """What the model is asked to go on from.
+
+    Raises:
+        PromptError: the token ids are no whole numbers, or the images no list.
+        ImageError: an image cannot be read.
+    """
 
     token_ids: Sequence[int]
-    images: Sequence[Image.Image | TiledImage] = ()
-    """One for each `<|image|>` id, in order; those that are cut into tiles already stay so."""
+    """Kept as a tuple; a range, or an array or tensor of one dimension, is taken too."""
+    images: Sequence[Any] = ()
+    """One for each `<|image|>` id, in order: what `open_image` takes, kept as RGB of PIL, or a
+    `TiledImage`, which stays as it is."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "token_ids", _read_ids(self.token_ids))
+        object.__setattr__(self, "images", _read_images(self.images))
 
 
-def check_prompt(prompt: Prompt, image_token_id: int) -> None:
-    """Raise PromptError for what the model cannot read."""
-    ids = list(prompt.token_ids)
+PROMPT = Instance(Prompt, "a Prompt, such as model.prompt(messages) makes")
+
+
+def check_prompt(prompt: Prompt, image_token_id: int, largest_id: int | None = None) -> None:
+    """Raise PromptError for what the model cannot read.
+
+    Args:
+        prompt: what it is asked to go on from.
+        image_token_id: the id of `<|image|>`.
+        largest_id: the largest that has an embedding; None for `image_token_id`.
+    """
+    ids, largest = prompt.token_ids, image_token_id if largest_id is None else largest_id
     if not ids:
         raise PromptError("the prompt is empty; expected at least one token id")
-    strange = [token for token in ids if not 0 <= token <= image_token_id]
-    if strange:
+    strange = next((token for token in ids if not 0 <= token <= largest), None)
+    if strange is not None:
+        marker = " (<|image|>)" if largest == image_token_id else ""
         raise PromptError(
-            f"token id {strange[0]} is out of range; expected 0 to {image_token_id} (<|image|>)"
+            f"token id {quote(strange)} is out of range; expected 0 to {largest}{marker}"
         )
     places = ids.count(image_token_id)
     if places != len(prompt.images):
@@ -45,9 +71,44 @@ def check_prompt(prompt: Prompt, image_token_id: int) -> None:
         )
 
 
-Content = str | Image.Image | Sequence[Any]
-"""A text, a picture, or a sequence of them; `{"type": "text", "text": …}` and
-`{"type": "image", "image": picture or path}` stand for the same."""
+def _read_ids(ids: Any) -> tuple[int, ...]:
+    expected = "expected a list of whole numbers, or an array or tensor of one dimension"
+    wrong = PromptError(f"token_ids is {quote(ids)}; {expected}")
+    if isinstance(ids, (str, bytes, bytearray, memoryview)):
+        raise wrong
+    try:
+        if len(ids) > MOST_TOKENS:
+            raise PromptError(
+                f"the prompt is {len(ids)} tokens long; expected {MOST_TOKENS} at most"
+            )
+        if hasattr(ids, "tolist"):  # NumPy, torch, array
+            ids = ids.tolist() if getattr(ids, "ndim", 1) == 1 else None
+    except PromptError:
+        raise
+    except Exception:  # no length, or more than can be counted; tensors without values
+        raise wrong from None
+    if not isinstance(ids, Sequence):
+        raise wrong
+    for place, token in enumerate(ids):
+        if isinstance(token, bool) or not isinstance(token, Integral):
+            raise PromptError(f"token id {place} is {quote(token)}; expected a whole number")
+    return tuple(map(int, ids))
+
+
+def _read_images(images: Any) -> tuple[Image.Image | TiledImage, ...]:
+    is_one = isinstance(images, (str, TiledImage)) or is_picture(images)
+    if is_one or not isinstance(images, Sequence):
+        raise PromptError(f"images is {quote(images)}; expected a list of pictures")
+    return tuple(i if isinstance(i, TiledImage) else open_image(i) for i in images)
+
+
+Content = str | Image.Image | Mapping[str, Any] | Sequence[Any]
+"""A text, a picture (anything `open_image` takes except a text), or a sequence of them.
+
+`{"type": "text", "text": …}` and `{"type": "image", "image": picture, path, URL or data URI}` stand
+for the same; instead of "image" the key may be "path", "url" or "base64". So do OpenAI's
+`{"type": "image_url", "image_url": {"url": "data:…"}}`, and "input_text" and "input_image".
+"""
 
 
 def chat_prompt(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> Prompt:
@@ -55,29 +116,34 @@ def chat_prompt(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> 
 
     Args:
         messages: each `{"role": "system" | "user" | "assistant", "content": Content}`; an assistant
-            turn that ended to call a tool also has `"end": "eom"`.
+            turn that ended to call a tool also has `"end": "eom"`. "developer" is "system".
+        tokenizer: the checkpoint's.
 
     Raises:
         PromptError: another role, or content of another kind.
+        ImageError: a picture cannot be read.
 
     Source: llama_models/llama3/chat_format.py, ChatFormat.encode_dialog_prompt.
     """
-    if not messages:
-        raise PromptError("the conversation is empty; expected at least one message")
     special = tokenizer.special_ids
     ids = [special["<|begin_of_text|>"]]
-    images: list[Image.Image] = []
-    for message in messages:
-        role, content = _role_and_content(message)
+    images: list[Image.Image | TiledImage] = []
+    for message in check_messages(messages):
+        role, content = role_and_content(message)
         ids += _header(role, tokenizer)
         ids += _encode(content, images, tokenizer)
-        ids.append(special["<|eom_id|>" if message.get("end") == "eom" else "<|eot_id|>"])
+        ids.append(special[_end_of(message)])
     return Prompt(ids + _header("assistant", tokenizer), images)
 
 
 def completion_prompt(content: Content, tokenizer: Tokenizer) -> Prompt:
-    """The prompt that asks a base model to go on: BOS once, then texts and images as they come."""
-    images: list[Image.Image] = []
+    """The prompt that asks a base model to go on: BOS once, then texts and images as they come.
+
+    Raises:
+        PromptError: content of another kind.
+        ImageError: a picture cannot be read.
+    """
+    images: list[Image.Image | TiledImage] = []
     ids = _encode(content, images, tokenizer)
     return Prompt([tokenizer.special_ids["<|begin_of_text|>"], *ids], images)
 
@@ -102,12 +168,11 @@ def place_images(text: str, images: Sequence[Image.Image]) -> list[Any]:
     return parts
 
 
-def _role_and_content(message: Any) -> tuple[str, Any]:
-    if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-        raise PromptError(f'{message!r} is no message; expected {{"role": …, "content": …}}')
-    if message["role"] not in ROLES:
-        raise PromptError(f"role {message['role']!r} is unknown; expected one of {ROLES}")
-    return message["role"], message["content"]
+def _end_of(message: Mapping[str, Any]) -> str:
+    end = message.get("end")
+    if end is not None and not (isinstance(end, str) and end in ("eot", "eom")):
+        raise PromptError(f'a message\'s end is {quote(end)}; expected "eot" or "eom"')
+    return f"<|{end or 'eot'}_id|>"
 
 
 def _header(role: str, tokenizer: Tokenizer) -> list[int]:
@@ -116,43 +181,15 @@ def _header(role: str, tokenizer: Tokenizer) -> list[int]:
     return [special["<|start_header_id|>"], *name, special["<|end_header_id|>"], *gap]
 
 
-def _encode(content: Content, images: list[Image.Image], tokenizer: Tokenizer) -> list[int]:
+def _encode(
+    content: Content, images: list[Image.Image | TiledImage], tokenizer: Tokenizer
+) -> list[int]:
     """Ids of a content; its images are appended to `images`."""
     ids: list[int] = []
-    for part in _parts(content):
+    for part in parts_of(content):
         if isinstance(part, str):
             ids += tokenizer.encode(part)
         else:
             ids.append(tokenizer.image_id)
             images.append(part)
     return ids
-
-
-def _parts(content: Content) -> Iterable[str | Image.Image]:
-    if isinstance(content, (str, Image.Image)):
-        yield content
-    elif isinstance(content, Mapping):
-        yield _part_of_dict(content)
-    elif isinstance(content, Sequence):
-        for part in content:
-            yield from _parts(part)
-    else:
-        raise PromptError(
-            f"content of type {type(content).__name__}; expected a text, a PIL image, "
-            "or a list of them"
-        )
-
-
-def _part_of_dict(part: Mapping[str, Any]) -> str | Image.Image:
-    kind = part.get("type")
-    value = part.get(kind) if kind in ("text", "image") else None
-    if kind == "text" and isinstance(value, str):
-        return value
-    if kind == "image" and isinstance(value, Image.Image):
-        return value
-    if kind == "image" and value is not None:
-        return open_image(value)
-    raise PromptError(
-        f'{dict(part)!r} is no content; expected {{"type": "text", "text": …}} or '
-        '{"type": "image", "image": a PIL image or a path}'
-    )

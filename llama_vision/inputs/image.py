@@ -1,23 +1,21 @@
 """A picture becomes tiles: choose a canvas, resize without distortion, pad, normalise, split."""
 
-import warnings
 from dataclasses import dataclass
-from pathlib import Path
+from numbers import Integral
+from typing import Any
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from llama_vision.config import supported_grids
-from llama_vision.errors import LlamaVisionError
+from llama_vision.config import MOST_PIXELS, MOST_TILES, supported_grids
+from llama_vision.errors import quote
+from llama_vision.inputs.pictures import ImageError, open_image
+from llama_vision.values import Whole, check
 
 # CLIP's colour statistics. Source: VariableSizeImageTransform and preprocessor_config.json.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-class ImageError(LlamaVisionError):
-    """A picture that is not there or cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -32,102 +30,58 @@ class TiledImage:
     """1 + the grid's place among all grids of at most `max_tiles` tiles."""
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """Read a picture from a file as a person would see it: upright, on white, its first frame.
-
-    Any mode that Pillow reads is accepted, 16-bit and CMYK included.
-
-    Raises:
-        ImageError: no such file, not a picture, cut short, or too many pixels to unpack safely.
-    """
-    path = Path(path)
-    if not path.is_file():
-        what = "is a directory" if path.is_dir() else "does not exist"
-        raise ImageError(f"image {path} {what}; expected a picture file such as PNG or JPEG")
-    if path.stat().st_size == 0:
-        raise ImageError(f"image {path} is empty (0 bytes)")
-    try:
-        with warnings.catch_warnings():
-            # Large photographs only warn; beyond twice that Pillow refuses, and so do we.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.load()
-                return to_rgb(ImageOps.exif_transpose(image))
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"image {path} is too large: {error}; scale it down first") from None
-    except UnidentifiedImageError:
-        raise ImageError(
-            f"image {path} is not a picture that Pillow can read; expected PNG, JPEG, WebP, GIF, …"
-        ) from None
-    except Exception as error:  # Pillow's decoders raise many kinds for damaged files
-        raise ImageError(f"image {path} is damaged or cut short: {error}") from None
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL mode to RGB: transparency over white, 16-bit and float samples scaled to 8 bits."""
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I") or image.mode == "F":
-        return _to_8_bits(image).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey levels of more than 8 bits to L: each divided by the range that its kind has.
-
-    16-bit levels go to 65535. Floats go to 1 and plain integers to 255 or 65535, where they fit;
-    those that fit nowhere are stretched from their least to their largest.
-    """
-    sixteen_bits = image.mode.startswith("I;16")
-    known_tops = (
-        (65535,) if sixteen_bits else (1, 255, 65535) if image.mode == "F" else (255, 65535)
-    )
-    image = image.convert("F")
-    bottom, top = image.getextrema()
-    if bottom >= 0 and top <= known_tops[-1]:
-        bottom, top = 0, next(known for known in known_tops if top <= known)
-    scale = 255 / ((top - bottom) or 1)
-    offset = 0.5 - bottom * scale  # Pillow rounds down
-    return image.point(lambda level: level * scale + offset).convert("L")
-
-
 def check_tiles(image: TiledImage, tile_size: int, max_tiles: int) -> None:
-    """Raise ImageError where an image is cut into other tiles than a model has."""
-    rows, cols = image.grid
-    expected = (rows * cols, 3, tile_size, tile_size)
-    if rows * cols > max_tiles or tuple(image.pixels.shape) != expected:
+    """Raise ImageError where an image is cut into other tiles than a model has, or is damaged."""
+    pixels, grid = image.pixels, image.grid
+    if not (isinstance(grid, (tuple, list)) and len(grid) == 2 and all(map(_is_count, grid))):
         raise ImageError(
-            f"an image of {rows} x {cols} tiles has pixels {list(image.pixels.shape)}; "
-            f"expected {list(expected)}, and at most {max_tiles} tiles"
+            f"an image's grid is {quote(grid)}; expected its rows and columns of tiles"
         )
+    if not isinstance(pixels, Tensor) or not pixels.is_floating_point() or pixels.is_meta:
+        raise ImageError(f"an image's pixels are {quote(pixels)}; expected a tensor of floats")
+    rows, cols = grid
+    expected = (rows * cols, 3, tile_size, tile_size)
+    if rows * cols > max_tiles or tuple(pixels.shape) != expected:
+        raise ImageError(
+            f"an image of {quote(rows)} x {quote(cols)} tiles has pixels {list(pixels.shape)}; "
+            f"expected {quote(list(expected))}, and at most {max_tiles} tiles"
+        )
+    if not _is_count(image.aspect_id):
+        raise ImageError(f"an image's aspect_id is {quote(image.aspect_id)}; expected 1 or more")
+    if pixels.layout != torch.strided or not pixels.isfinite().all():
+        raise ImageError("an image's pixels are not all finite numbers; cut the picture up anew")
 
 
-def grid_of(image: Image.Image | TiledImage, tile_size: int, max_tiles: int) -> tuple[int, int]:
+def _is_count(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+
+
+def grid_of(image: Any, tile_size: int, max_tiles: int) -> tuple[int, int]:
     """The (rows, cols) that `tile_image` cuts a picture into."""
     if isinstance(image, TiledImage):
         return image.grid
-    return choose_grid(image.size, tile_size, max_tiles)
+    return choose_grid(open_image(image).size, tile_size, max_tiles)
 
 
-def tile_image(image: Image.Image | TiledImage, *, tile_size: int, max_tiles: int) -> TiledImage:
+def tile_image(image: Any, *, tile_size: int, max_tiles: int) -> TiledImage:
     """Cut a picture into tiles.
 
     Args:
-        image: RGB; other modes are brought to it first, see `to_rgb`. One that is cut up already
-            stays as it is.
+        image: what `open_image` takes. One that is cut up already stays as it is.
         tile_size: side of a tile, in pixels.
         max_tiles: most tiles to use.
+
+    Raises:
+        ImageError: it cannot be read.
 
     Source: llama_models/llama3/multimodal/image_transform.py, VariableSizeImageTransform; the least
     side of 1 pixel is ours, where the reference fails.
     """
     if isinstance(image, TiledImage):
         return image
-    rgb = to_rgb(image)
+    check("tile_size", tile_size, Whole(1, MOST_PIXELS))
+    check("max_tiles", max_tiles, Whole(1, MOST_TILES))
+    rgb = open_image(image)
     rows, cols = choose_grid(rgb.size, tile_size, max_tiles)
     canvas = Image.new("RGB", (cols * tile_size, rows * tile_size))
     size = fit_inside(rgb.size, canvas.size, tile_size)

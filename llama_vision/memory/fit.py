@@ -10,7 +10,7 @@ import torch
 
 from llama_vision.cache.kv import Cache
 from llama_vision.checkpoint.devices import choose_device, choose_dtype
-from llama_vision.checkpoint.hub import load_config
+from llama_vision.checkpoint.hub import load_config, source_path
 from llama_vision.config import OFFICIAL_SIZES, Config
 from llama_vision.engine.workload import PREFILL_CHUNK, PromptSize, Workload, workload_alike
 from llama_vision.errors import LlamaVisionError
@@ -81,7 +81,7 @@ def check_before_download(source: str | Path, dtype: str | torch.dtype, device: 
     Raises:
         MemoryLimitError: the weights alone exceed what is free.
     """
-    if not Path(source).expanduser().is_dir() and str(source) not in OFFICIAL_SIZES:
+    if not source_path(source).is_dir() and str(source) not in OFFICIAL_SIZES:
         config = load_config(source)
         check_weights_fit(config, choose_dtype(dtype, config.dtype), choose_device(device))
 

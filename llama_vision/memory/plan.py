@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from llama_vision.cache.kv import Cache
-from llama_vision.cache.pruning import best_ranks
+from llama_vision.cache.pruning import reads_only
+from llama_vision.cache.rules import best_ranks
 from llama_vision.cache.visual_tokens import VisualTokens
 from llama_vision.checkpoint.devices import choose_dtype, parse_device
 from llama_vision.checkpoint.hub import load_config
@@ -25,10 +26,11 @@ from llama_vision.config import Config
 from llama_vision.engine.decode import Decoder
 from llama_vision.engine.prefill import prefill
 from llama_vision.engine.sampling import Sampling, sample
-from llama_vision.engine.workload import PromptSize, Workload, workload_alike
+from llama_vision.engine.workload import SIZES, PromptSize, Workload, workload_alike
 from llama_vision.inputs.image import TiledImage
 from llama_vision.memory.ledger import Tracker
 from llama_vision.model.model import LlamaVisionModel, model_without_weights
+from llama_vision.values import check_names
 
 PARTS = {
     "vision encoder": "vision.",
@@ -102,7 +104,8 @@ def plan_memory(
         LlamaVisionError: a number is out of range.
     """
     config = source if isinstance(source, Config) else load_config(source)
-    chosen, place = choose_dtype(dtype, config.dtype), parse_device(str(device))
+    chosen, place = choose_dtype(dtype, config.dtype), parse_device(device)
+    check_names("size", sizes, SIZES)
     return plan_run(config, workload_alike(config, **sizes), dtype=chosen, device=place)
 
 
@@ -227,6 +230,7 @@ class _Simulation:
     def prefill(self, prompt: PromptSize) -> None:
         """Run a prompt in the first slot."""
         workload, budget = self.workload, self.workload.visual_budget
+        keep_most = _KeepMostOfCopies if workload.needs_copies else _KeepMost
         self.cache.clear(0)
         prefill(
             self.model,
@@ -234,9 +238,10 @@ class _Simulation:
             0,
             prompt.token_ids,
             map(self._image, prompt.grids),
-            pruner=_KeepMost(workload.trim_first_layer) if workload.pruned else None,
+            pruner=keep_most(workload.trim_first_layer) if workload.pruned else None,
             visual_budgets=[] if budget is None else [budget],
             chunk=workload.prefill_chunk,
+            every_chunk=False,
             phase=self.phase,
         )
 
@@ -260,6 +265,7 @@ class _Simulation:
         return TiledImage(pixels, grid, 0)
 
 
+@reads_only
 @dataclass(frozen=True)
 class _KeepMost:
     """A pruner that keeps as much as it may, and takes the room that ranking takes."""
@@ -271,3 +277,7 @@ class _KeepMost:
         tokens = len(visual.image)
         budget = tokens if visual.budget is None else visual.budget
         return torch.arange(tokens, device="cpu") < budget
+
+
+class _KeepMostOfCopies(_KeepMost):
+    """The same, shown copies: a user's pruner."""

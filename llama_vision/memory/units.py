@@ -2,7 +2,8 @@
 
 import re
 
-from llama_vision.errors import SettingError
+from llama_vision.errors import SettingError, quote
+from llama_vision.values import Whole
 
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
@@ -24,8 +25,9 @@ def parse_bytes(text: str) -> int:
     try:
         number, prefix, binary, unit = match.groups()
         decimal = unit and not binary  # 24 GB are 24 · 10⁹; 24G is what people mean by 24 GiB
-        return int(
-            float(number) * (1000 if decimal else 1024) ** " KMGT".index(prefix.upper() or " ")
-        )
-    except (AttributeError, ValueError):
-        raise SettingError(f"{text!r} is no size; expected one such as 24GiB or 800MB") from None
+        power = " KMGT".index(prefix.upper() or " ")
+        return Whole(0).read(int(float(number) * (1000 if decimal else 1024) ** power))
+    except (AttributeError, ValueError, OverflowError, TypeError):
+        raise SettingError(
+            f"{quote(text)} is no size; expected one such as 24GiB or 800MB"
+        ) from None

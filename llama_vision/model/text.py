@@ -11,7 +11,7 @@ from itertools import count
 import torch
 from torch import Tensor, nn
 
-from llama_vision.config import EXTRA_EMBEDDINGS, TextConfig
+from llama_vision.config import TextConfig
 from llama_vision.model.layers import (
     GatedMLP,
     Linear,
@@ -88,7 +88,7 @@ class TextDecoder(nn.Module):
         super().__init__()
         self.config = config
         width = config.hidden_size
-        self.embed_tokens = nn.Embedding(config.vocab_size + EXTRA_EMBEDDINGS, width)
+        self.embed_tokens = nn.Embedding(config.embedding_rows, width)
         self.layers = nn.ModuleList(_blocks(config))
         self.norm = RMSNorm(width, config.rms_norm_eps)
         self.lm_head = Linear(width, config.vocab_size, bias=False)

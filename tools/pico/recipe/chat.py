@@ -10,7 +10,8 @@ import sentencepiece
 from PIL import Image
 
 from llama_vision.inputs.chat import chat_prompt
-from llama_vision.inputs.tokenizer import SPECIAL_TOKENS, Pieces, Tokenizer
+from llama_vision.inputs.tokenizer import SPECIAL_TOKENS, Tokenizer
+from llama_vision.inputs.vocabulary import Pieces
 from recipe.questions import ask
 from recipe.sampling import sample_scene
 from recipe.sources import Sources
