@@ -1,8 +1,9 @@
 """Llama-3.2-Vision in pure PyTorch, exact and readable.
 
 Read in this order: config; then model/ (layers, vision, text, model), the architecture; cache/
-(kv, visual_tokens, pruning), what it remembers of text and pictures; inputs/, what goes in; engine/
-(segments, prefill, decode, sampling, engine), what runs it; then memory/, checkpoint/, api, cli/.
+(kv, visual_tokens, pruning, rules), what it remembers of text and pictures; inputs/, what goes in;
+engine/ (segments, prefill, decode, sampling, engine), what runs it; then memory/, checkpoint/, api,
+cli/. errors and values are what all doors share.
 
 Letters for dimensions, the same everywhere:
     B  slots                          S  text rows of this forward     L  text rows cached

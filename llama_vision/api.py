@@ -1,6 +1,6 @@
 """The face that people use: a loaded checkpoint that answers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from llama_vision.engine.settings import Settings
 from llama_vision.engine.workload import PromptSize, Workload
 from llama_vision.errors import SettingError
 from llama_vision.inputs.chat import Prompt, chat_prompt
+from llama_vision.inputs.guard import llama_guard_prompt
 from llama_vision.inputs.image import TiledImage, tile_image
 from llama_vision.inputs.prompts import Messages, is_alone, read_prompts
 from llama_vision.inputs.tokenizer import Tokenizer, load_tokenizer, needed
@@ -88,10 +89,7 @@ class LlamaVision:
     def without_weights(
         cls, source: str | Path, *, device: str = "auto", dtype: str | torch.dtype = "auto"
     ) -> "LlamaVision":
-        """All of a checkpoint but its weights: it can make prompts and plans, and not answer.
-
-        For the arguments see `from_pretrained`.
-        """
+        """All but its weights, see `from_pretrained`: it makes prompts and plans, not answers."""
         chosen = choose_device(device)
         directory = find_checkpoint(source)
         config = read_config(directory)
@@ -122,11 +120,7 @@ class LlamaVision:
         visual_budget: float | int | None = None,
         max_tiles: int | None = None,
     ) -> Tensor:
-        """The prompt's own logits: [S, vocabulary], float32. For the settings see `Settings`.
-
-        Raises:
-            LlamaVisionError: see `start`; or the logits are not finite.
-        """
+        """The prompt's own logits, which are finite: [S, vocabulary], float32; see `Settings`."""
         self._need_weights()
         (prompt,) = read_prompts([prompt], self.prompt)
         load = self.workload(
@@ -281,6 +275,12 @@ class LlamaVision:
     def prompt(self, messages: Messages) -> Prompt:
         """The prompt that asks for the next turn of a conversation."""
         return chat_prompt(messages, self.need_tokenizer())
+
+    def llama_guard_prompt(
+        self, messages: Messages, categories: Mapping[str, str] | None = None
+    ) -> Prompt:
+        """The prompt that asks Llama Guard 3 Vision about the last message; see `inputs.guard`."""
+        return llama_guard_prompt(messages, self.need_tokenizer(), categories)
 
     def need_tokenizer(self) -> Tokenizer:
         """The tokenizer; raises TokenizerError where the checkpoint came without one."""
