@@ -21,7 +21,7 @@ from llama_vision.engine.prefill import prefill
 from llama_vision.engine.request import Completion, Request
 from llama_vision.engine.sampling import Sampling
 from llama_vision.engine.settings import Settings
-from llama_vision.engine.workload import PromptSize, Workload
+from llama_vision.engine.workload import SLOTS, PromptSize, Workload
 from llama_vision.errors import SettingError
 from llama_vision.inputs.chat import Prompt, chat_prompt
 from llama_vision.inputs.guard import llama_guard_prompt
@@ -32,7 +32,7 @@ from llama_vision.memory.fit import Room, check_before_download, check_weights_f
 from llama_vision.memory.ledger import Ledger
 from llama_vision.memory.plan import MemoryPlan, plan_run
 from llama_vision.model.model import LlamaVisionModel, model_without_weights
-from llama_vision.values import Flag, Whole, check, check_flags
+from llama_vision.values import Flag, check, check_flags
 
 
 class LlamaVision:
@@ -244,7 +244,7 @@ class LlamaVision:
         )
         asked.of_samples(len(prompts), seed)
         if slots is not None:
-            check("slots", slots, Whole(1))
+            check("slots", slots, SLOTS)
         tiles = asked.limited("max_tiles", config.vision.max_num_tiles)
         sizes = tuple(PromptSize.of(prompt, config, tiles) for prompt in prompts)
         allowed = config.text.max_position_embeddings

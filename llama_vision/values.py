@@ -11,7 +11,7 @@ and a function has `check` look at one of its arguments.
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cache
 from numbers import Integral, Real
@@ -168,11 +168,13 @@ class Instance:
 
 @dataclass(frozen=True)
 class ListOf:
-    """Several values of one kind, in order; a text is no list."""
+    """Several values of one kind; texts and bytes are no lists."""
 
     each: Kind
     least: int = 0
     """How many at least."""
+    ordered: bool = True
+    """Whether their order matters, so that a set is none."""
 
     @property
     def expected(self) -> str:
@@ -181,8 +183,9 @@ class ListOf:
 
     def read(self, value: Any) -> tuple:
         """See `Kind`."""
-        is_list = isinstance(value, (Sequence, set, frozenset))
-        if not is_list or isinstance(value, (str, bytes, bytearray)) or len(value) < self.least:
+        is_list = isinstance(value, Sequence if self.ordered else (Sequence, Set))
+        is_text = isinstance(value, (str, bytes, bytearray, memoryview))
+        if not is_list or is_text or len(value) < self.least:
             raise ValueError
         return tuple(self.each.read(one) for one in value)
 

@@ -349,7 +349,7 @@ def test_a_pruner_that_fails_loses_nothing_of_the_others(small, pruner, says):
 @pytest.mark.parametrize(
     ("sizes", "error", "says"),
     [
-        ({"slots": 0}, SettingError, "slots is 0; expected 1 or more"),
+        ({"slots": 0}, SettingError, "slots is 0; expected 1 to"),
         ({"max_seq_len": 0}, SettingError, "max_seq_len is 0; expected 1 to 256 for this model"),
         ({"max_seq_len": 257}, SettingError, "max_seq_len is 257; expected 1 to 256"),
         ({"visual_budget": 0}, PruningError, "visual_budget is 0; expected a fraction above 0"),

@@ -1,7 +1,7 @@
 """What a request asks for beside its prompt: every setting, its kind and its range."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -59,7 +59,7 @@ class Settings:
     """Of the random draws; None for a new one each time."""
     stop: Annotated[Sequence[str], ListOf(Text())] = ()
     """Texts that end the answer and are not part of it, whatever tokens they come in."""
-    stop_ids: Annotated[Sequence[int] | None, ListOf(Whole())] = None
+    stop_ids: Annotated[Collection[int] | None, ListOf(Whole(), ordered=False)] = None
     """Token ids that end the answer; None for the checkpoint's own."""
     ignore_stop: Annotated[bool, Flag()] = False
     """Go on past stop tokens."""

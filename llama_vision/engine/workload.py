@@ -20,6 +20,9 @@ PREFILL_CHUNK = 2048
 DEFAULT_SEQ_LEN = 2048
 """Tokens of a prompt and its answer that there is room for where nothing else is said."""
 
+SLOTS = Whole(1, 2**20)
+"""Conversations at once: more than any machine holds."""
+
 BUDGET = Either(
     (Whole(1), Number(0, 1, above=True)),
     words="a fraction above 0 and at most 1.0, or a whole number of tokens",
@@ -139,11 +142,15 @@ def slot_capacity(
         LlamaVisionError: a number is out of range.
     """
     most = config.text.max_position_embeddings
-    check("slots", slots, Whole(1))
+    check("slots", slots, SLOTS)
     check("max_seq_len", max_seq_len, Whole(1, most, means="for this model"))
     image = config.vision.max_num_tiles * config.vision.tokens_per_tile
-    part = budget_in_tokens(visual_budget, image)
-    return part if isinstance(visual_budget, float) else visual_budget
+    if visual_budget is None:
+        return None
+    budget = check("visual_budget", visual_budget, BUDGET, error=PruningError)
+    if isinstance(budget, float):
+        return budget_in_tokens(budget, image)
+    return min(budget, max_seq_len * image)  # an image for each token is all that can come
 
 
 def workload_alike(
@@ -171,7 +178,7 @@ def workload_alike(
         LlamaVisionError: a number is out of range.
     """
     tiles = config.vision.max_num_tiles if tiles is None else tiles
-    check("batch", batch, Whole(1))
+    check("batch", batch, SLOTS)
     check("max_seq_len", max_seq_len, Whole(2, config.text.max_position_embeddings))
     prompt_tokens = max_seq_len - 1 if prompt_tokens is None else prompt_tokens
     check("images", images, Whole(0, max_seq_len - 1))

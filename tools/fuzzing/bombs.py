@@ -201,7 +201,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     ),
     "WEBP of 50 frames": lambda: _animated("WEBP"),
     "WEBP of 50 frames, cut": lambda: _animated("WEBP")[:-40],
-    "WEBP of 16383 x 16383": lambda: saved("WEBP", size=(16383, 16383), quality=1, method=0),
+    "WEBP of 16383 x 6000": lambda: saved("WEBP", size=(16383, 6000), quality=1, method=0),
     "TGA of 65535 x 65535": lambda: _with_size(saved("TGA"), 12, "<HH", 65535, 65535),
     "TGA of 13000 x 13000 runs": lambda: _with_size(
         saved("TGA", compression="tga_rle"), 12, "<HH", 13000, 13000
