@@ -21,8 +21,10 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 from llama_vision.api import LlamaVision
 from llama_vision.cache.pruning import Pruner
 from llama_vision.cache.rules import (
+    FeatureNorm,
     KeyNorm,
     LastQuery,
+    MaxMin,
     RandomTokens,
     TopK,
     TrimmedLlama,
@@ -42,10 +44,12 @@ __all__ = [
     "Completion",
     "Config",
     "Engine",
+    "FeatureNorm",
     "KeyNorm",
     "LastQuery",
     "LlamaVision",
     "LlamaVisionError",
+    "MaxMin",
     "MemoryPlan",
     "Prompt",
     "Pruner",

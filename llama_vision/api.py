@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llama_vision.cache.kv import Cache
-from llama_vision.cache.pruning import Pruner, needs_copies
+from llama_vision.cache.pruning import Pruner, merges, needs_copies
 from llama_vision.checkpoint.config_json import read_config
 from llama_vision.checkpoint.devices import choose_device, choose_dtype
 from llama_vision.checkpoint.generation_json import read_generation_config
@@ -132,7 +132,7 @@ class LlamaVision:
         )
         sizes = load.cache_sizes(self.config)
         cache = Cache(self.config.text, dtype=self.model.dtype, device=self.device, **sizes)
-        logits, _ = prefill(
+        logits = prefill(
             self.model,
             cache,
             0,
@@ -141,7 +141,7 @@ class LlamaVision:
             pruner=pruner,
             visual_budgets=[] if visual_budget is None else [visual_budget],
             every_row=True,
-        )
+        ).logits
         if not logits.isfinite().all():
             raise not_finite(self.model)
         return logits
@@ -211,15 +211,13 @@ class LlamaVision:
         pairs = zip(prompts, of_each, strict=True)
         return engine, [engine.submit(prompt, own, max_seq_len=most) for prompt, own in pairs]
 
-    def _sized_engine(self, load: Workload, **how: bool) -> Engine:
+    def _sized_engine(self, load: Workload, **how: Any) -> Engine:
         """An engine whose cache is as large as a workload needs it; `how` to decode."""
         sizes = load.cache_sizes(self.config)
         later = None if load.open_ended else sizes["visual_capacity"]
-        capacity = (later, sizes["first_visual_capacity"])
-        most = load.max_text_tokens
-        engine = Engine(
-            self, slots=load.slots, max_seq_len=most, visual_capacity=capacity, force=True, **how
-        )
+        how |= {"visual_capacity": (later, sizes["first_visual_capacity"]), "force": True}
+        how |= {"merged": sizes["merged"], "max_seq_len": load.max_text_tokens}
+        engine = Engine(self, slots=load.slots, **how)
         engine.workload = load
         return engine
 
@@ -254,6 +252,7 @@ class LlamaVision:
             max(asked.limit(len(size.token_ids), allowed) for size in sizes),
             asked.prefill_chunk,
             pruned=asked.pruner is not None,
+            merged=merges(asked.pruner),
             needs_copies=asked.pruner is not None and needs_copies(asked.pruner),
             visual_budget=asked.visual_budget,
             trim_first_layer=getattr(asked.pruner, "trim_first_layer", True),

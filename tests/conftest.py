@@ -144,7 +144,7 @@ class Conversation:
     def go_on(self, token_ids: list[int], images: Sequence[TiledImage] = (), **how: Any) -> Tensor:
         """Prefill the next rows, see `prefill`; their logits [S, vocabulary]."""
         how = {"every_row": True, **how}
-        logits, kept = prefill(self.model, self.cache, self.slot, token_ids, images, **how)
+        logits, kept, _ = prefill(self.model, self.cache, self.slot, token_ids, images, **how)
         self.note(token_ids, logits, images, kept)
         return logits
 

@@ -11,7 +11,7 @@ from oracle import random_config, random_images, random_model
 
 from llama_vision import KeyNorm, LastQuery, RandomTokens, TopK, TrimmedLlama
 from llama_vision.cache.visual_tokens import VisualTokens
-from llama_vision.engine.prefill import row_chunks
+from llama_vision.engine.segment_forward import row_chunks
 
 EXACT = 1e-5
 PRUNERS = {
@@ -57,8 +57,8 @@ def test_keys_in_pieces_and_masks_in_pieces_change_no_logit(seed, pruner, monkey
     config = random_config(seed)
     model, answers = random_model(config, seed), []
     for tokens, entries in ((8192, 2**25), (5, 30)):
-        monkeypatch.setattr("llama_vision.engine.prefill.TOKENS_AT_ONCE", tokens)
-        monkeypatch.setattr("llama_vision.engine.prefill.MASK_ENTRIES", entries)
+        monkeypatch.setattr("llama_vision.engine.segment_forward.TOKENS_AT_ONCE", tokens)
+        monkeypatch.setattr("llama_vision.engine.segment_forward.MASK_ENTRIES", entries)
         draw, conversation = random.Random(seed), Conversation(model)
         for _ in range(3):
             conversation.go_on(*conversation.random_turn(draw), pruner=pruner)

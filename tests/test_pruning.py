@@ -34,7 +34,7 @@ from llama_vision import (
 )
 from llama_vision.cache.kv import Cache
 from llama_vision.cache.pruning import PruningError
-from llama_vision.engine import prefill
+from llama_vision.engine import segment_forward
 from llama_vision.model import text
 
 EXACT = 1e-5
@@ -190,8 +190,8 @@ def test_groups_are_numbered_along_the_conversation(tiny):
 def test_without_a_pruner_nothing_is_scored_or_selected(tiny, monkeypatch):
     called = []
     monkeypatch.setattr(text, "attention_with_saliency", lambda *_: called.append("score"))
-    monkeypatch.setattr(prefill, "ask", lambda *_: called.append("check"))
-    monkeypatch.setattr(prefill.SegmentForward, "_prune", lambda *_: called.append("prune"))
+    monkeypatch.setattr(segment_forward, "ask", lambda *_: called.append("check"))
+    monkeypatch.setattr(segment_forward.SegmentForward, "_prune", lambda *_: called.append("prune"))
     tiny.generate(case_prompts("batch_ragged"), max_new_tokens=3, **GREEDY)
     assert called == []
     with pytest.raises(TypeError):  # they would have been called

@@ -41,6 +41,7 @@ class Cache:
         visual_capacity: visual tokens that each slot can hold, in each cross-attention layer; None
             to enlarge the store to what is left after pruning, whenever more is needed.
         first_visual_capacity: those of the first such layer, where a pruner leaves it whole.
+        merged: have room for the counts of merged tokens from the beginning.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Cache:
         max_text_tokens: int,
         visual_capacity: int | None,
         first_visual_capacity: int | None = None,
+        merged: bool = False,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ):
@@ -59,6 +61,8 @@ class Cache:
         place = {"dtype": dtype, "device": device}
         self.text = TextStore(text, max_text_tokens, slots, **place)
         self.visual = VisualStore(visual, visual_capacity is not None, slots, **place)
+        if merged:
+            self.visual.make_room_for_counts()
 
     @classmethod
     def plan(cls, config: TextConfig, **sizes: Any) -> CachePlan:
@@ -78,9 +82,8 @@ class Cache:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Keys and values of both stores."""
-        stores = (self.text, self.visual)
-        return [tensor for store in stores for tensor in (*store.keys, *store.values)]
+        """All that both stores hold allocated."""
+        return [*self.text.tensors, *self.visual.tensors]
 
     def advance(self, slot: int, rows: int) -> None:
         """Count the rows that a forward has just written: once per forward, never by a layer."""
@@ -151,9 +154,14 @@ class _Store:
         return [keys.shape[2] for keys in self.keys]
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """All that is allocated."""
+        return [*self.keys, *self.values]
+
+    @property
     def nbytes(self) -> int:
         """Allocated bytes."""
-        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 class TextStore(_Store):
@@ -187,6 +195,32 @@ class VisualStore(_Store):
         """Tokens that each layer holds, of each slot."""
         self.image_span: list[tuple[int, int] | None] = [None] * slots
         """Text rows of the first image of each slot so far, and of the last."""
+        self.log_counts: Tensor | None = None
+        """[B, capacity], float32: see `VisualContext.log_counts`; None where nothing was merged."""
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that is allocated."""
+        return super().tensors + ([] if self.log_counts is None else [self.log_counts])
+
+    def make_room_for_counts(self) -> None:
+        """Have `log_counts` as large as the largest layer; zeros, for tokens that are one each."""
+        most = max(self.capacities)
+        old = self.log_counts
+        if old is None or old.shape[1] < most:
+            with torch.inference_mode(False):  # as in _enlarge
+                slots, device = len(self.image_span), self.keys[0].device
+                self.log_counts = torch.zeros(slots, most, device=device)
+            if old is not None:
+                self.log_counts[:, : old.shape[1]] = old
+
+    def note_counts(self, slot: int, log_counts: Tensor | None) -> None:
+        """Note of how many tokens [V] each of a slot's is the mean; None: of one each."""
+        if log_counts is not None or self.log_counts is not None:
+            self.make_room_for_counts()
+            self.log_counts[slot] = 0
+        if log_counts is not None:
+            self.log_counts[slot, : len(log_counts)] = log_counts
 
     def holds(self, slot: int) -> bool:
         """Whether any layer holds tokens for the slot's next rows to see."""
@@ -247,6 +281,8 @@ class VisualStore(_Store):
         for tensor in (*self.keys, *self.values):
             # The right side is a copy of one slot's kept rows: the only room that it takes.
             tensor[slot, :, : len(index)] = tensor[slot, :, index.to(tensor.device)]
+        if self.log_counts is not None:
+            self.note_counts(slot, self.log_counts[slot, index.to(self.log_counts.device)])
         for lengths in self.lengths:
             lengths[slot] = len(index)
 

@@ -7,7 +7,7 @@ holds only those, and decoding reads only those.
 A pruner is any callable that fits `Pruner`. It may also have the attributes of `rules.Rule`.
 """
 
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -29,17 +29,19 @@ class PruningError(LlamaVisionError):
 class Pruner(Protocol):
     """Decides which visual tokens stay."""
 
-    def __call__(self, saliency: Tensor, visual: VisualTokens) -> Tensor:
+    def __call__(self, saliency: Tensor | None, visual: VisualTokens) -> Tensor:
         """Choose.
 
         Args:
             saliency: [H, V], float32: how much attention the text pays each visual token in the
                 first cross-attention block, as probability per query head summed over the text rows
-                that vote.
-            visual: where each token sits, and how many may be kept.
+                that vote. None for a pruner that says `needs_text = False`.
+            visual: the tokens, where each of them sits, and how many may be kept.
 
         Returns:
-            [V], bool, True for tokens to keep: one at least.
+            [V], bool, True for tokens to keep: one at least. Or, of a pruner that says
+            `merge = True`, [V], int64: for each token the index of the kept one that stands for it,
+            which is its own where it is kept.
         """
         ...
 
@@ -60,26 +62,51 @@ def needs_copies(pruner: Pruner) -> bool:
     return type(pruner) not in READ_ONLY or (callable(keep) and needs_copies(keep))
 
 
+class Kept(NamedTuple):
+    """What a pruner answered."""
+
+    mask: Tensor
+    """[V], bool: the tokens that stay."""
+    stands: Tensor | None
+    """[V], int64: the kept token that stands for each; None where the others are dropped."""
+
+
+def merges(pruner: Pruner | None) -> bool:
+    """Whether a pruner may answer with an assignment."""
+    return getattr(pruner, "merge", False)
+
+
+def is_asked_first(pruner: Pruner | None) -> bool:
+    """Whether a pruner is asked before the prompt runs, for it reads no text."""
+    blind = pruner is not None and not getattr(pruner, "needs_text", True)
+    return blind and getattr(pruner, "trim_first_layer", True)
+
+
 def check_options(pruner: Pruner) -> None:
     """Raise PruningError where an attribute that a `rules.Rule` has means nothing here."""
-    for name, kind in (("votes", VOTES), ("trim_first_layer", Flag())):
+    flags = [(name, Flag()) for name in ("trim_first_layer", "merge", "needs_text")]
+    for name, kind in (("votes", VOTES), *flags):
         if hasattr(pruner, name):
-            check(
-                f"{name} of pruner {_name(pruner)}", getattr(pruner, name), kind, error=PruningError
-            )
+            of = f"{name} of pruner {_name(pruner)}"
+            check(of, getattr(pruner, name), kind, error=PruningError)
+    if merges(pruner) and not getattr(pruner, "trim_first_layer", True):
+        raise PruningError(
+            f"pruner {_name(pruner)} merges and leaves the first layer whole; expected "
+            "trim_first_layer=True, or merge=False"
+        )
 
 
-def ask(pruner: Pruner, saliency: Tensor, visual: VisualTokens) -> Tensor:
-    """A pruner's answer: [V], bool.
+def ask(pruner: Pruner, saliency: Tensor | None, visual: VisualTokens) -> Kept:
+    """What a pruner keeps.
 
     Raises:
-        PruningError: it fails, or its answer is no keep-mask.
+        PruningError: it fails, or its answer is no keep-mask and no assignment.
     """
     shown = (saliency, visual)
     if needs_copies(pruner):
-        shown = (saliency.clone(), visual.copy())
+        shown = (None if saliency is None else saliency.clone(), visual.copy())
     try:
-        return check_keep_mask(pruner(*shown), pruner, visual)
+        return read_answer(pruner(*shown), pruner, visual)
     except LlamaVisionError:
         raise
     except Exception as error:
@@ -92,29 +119,60 @@ def _name(pruner: Pruner) -> str:
     return printable(getattr(pruner, "__name__", type(pruner).__name__))
 
 
-def check_keep_mask(keep: Tensor, pruner: Pruner, visual: VisualTokens) -> Tensor:
-    """A pruner's answer, if it is one.
+def read_answer(answer: Tensor, pruner: Pruner, visual: VisualTokens) -> Kept:
+    """What a pruner answered, if it is an answer.
 
     Raises:
-        PruningError: it is no bool tensor [V], keeps nothing, or exceeds the budget.
+        PruningError: it is no bool tensor [V] and no assignment, keeps nothing, or exceeds the
+            budget.
     """
     name, tokens = _name(pruner), len(visual.image)
-    is_mask = isinstance(keep, Tensor) and keep.dtype == torch.bool and not keep.is_meta
-    if not is_mask or keep.layout != torch.strided or tuple(keep.shape) != (tokens,):
-        batched = isinstance(keep, Tensor) and keep.ndim == 2
+    types = (torch.bool, torch.int64) if merges(pruner) else (torch.bool,)
+    is_tensor = isinstance(answer, Tensor) and answer.dtype in types and not answer.is_meta
+    if not is_tensor or answer.layout != torch.strided or tuple(answer.shape) != (tokens,):
+        what = " or torch.int64" * merges(pruner)
         raise PruningError(
-            f"pruner {name} returned {quote(keep)}; expected a torch.bool tensor [V] = [{tokens}]"
-            + ": there is no batch axis any more, saliency is [H, V] of one group of images"
-            * batched
+            f"pruner {name} returned {quote(answer)}; expected a torch.bool{what} tensor [V] = "
+            f"[{tokens}]{_hint(answer)}"
         )
-    kept = int(keep.sum())
-    if not kept:
+    kept = Kept(answer, None) if answer.dtype == torch.bool else _kept_of(answer, name)
+    count = int(kept.mask.sum())
+    if not count:
         raise PruningError(
             f"pruner {name} kept none of the {tokens} visual tokens; expected one at least"
         )
-    if visual.budget is not None and kept > visual.budget:
+    if visual.budget is not None and count > visual.budget:
         raise PruningError(
-            f"pruner {name} kept {kept} visual tokens and the visual budget is {visual.budget}; "
+            f"pruner {name} kept {count} visual tokens and the visual budget is {visual.budget}; "
             "raise --visual-budget (visual_budget), or let the pruner heed visual.budget"
         )
-    return keep
+    return kept
+
+
+def _hint(answer: Any) -> str:
+    """What a wrong answer was probably meant to be."""
+    if isinstance(answer, Tensor) and answer.ndim == 2:
+        return ": there is no batch axis any more, saliency is [H, V] of one group of images"
+    if isinstance(answer, Tensor) and answer.dtype == torch.int64:
+        return "; a pruner that answers who stands for each token has merge = True"
+    return ""
+
+
+def _kept_of(stands: Tensor, name: str) -> Kept:
+    """An assignment, if those that it points to stand for themselves."""
+    tokens = len(stands)
+    outside = stands[(stands < 0) | (stands >= tokens)]
+    if len(outside):
+        raise PruningError(
+            f"pruner {name} assigned a token to {int(outside[0])}; expected an index of 0 to "
+            f"{tokens - 1}"
+        )
+    mask = stands == torch.arange(tokens, device=stands.device)
+    astray = (~mask[stands]).nonzero().squeeze(-1)
+    if len(astray):
+        token = int(astray[0])
+        raise PruningError(
+            f"pruner {name} assigned token {token} to token {int(stands[token])}, which is not "
+            "kept; expected a token that is assigned to itself"
+        )
+    return Kept(mask, stands)

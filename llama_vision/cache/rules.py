@@ -4,11 +4,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
+from llama_vision.cache.diversity import most_different
+from llama_vision.cache.merging import nearest_kept
 from llama_vision.cache.pruning import PRUNER, VOTES, Pruner, PruningError, Votes, ask, reads_only
 from llama_vision.cache.visual_tokens import VisualTokens
 from llama_vision.values import Either, Flag, ListOf, Number, Whole, check_fields
@@ -30,8 +32,30 @@ class Rule:
     """Trim the first cross-attention block's own cache too, as in the paper's figure. False keeps
     it whole: one layer's share of the cache more, and answers closer to the full model's."""
 
+    merge: Annotated[bool, Flag()] = False
+    """Merge a token that is not kept into the kept one that is most like it; see `merging`."""
+
+    reads_text: ClassVar[bool] = True
+    """Whether the rule reads the text's attention, and so must wait for it."""
+
     def __post_init__(self):
         check_fields(self, error=PruningError)
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether it can only be asked after the first cross-attention block."""
+        return self.reads_text
+
+    def answer(self, keep: Tensor, visual: VisualTokens) -> Tensor:
+        """What a `Pruner` answers: the tokens to keep [V], or who stands for each.
+
+        Raises:
+            PruningError: merging is asked for, and features are not finite.
+        """
+        if not self.merge:
+            return keep
+        check_finite(visual)
+        return nearest_kept(visual.features, keep.to(visual.features.device), visual.image)
 
 
 @reads_only
@@ -53,9 +77,9 @@ class TrimmedLlama(Rule):
         if self.keep_class_tokens:
             best = best.masked_fill(visual.is_class, -1)
         kept = best < math.ceil(self.k_ratio * len(best))
-        if visual.budget is None or visual.budget >= len(best):
-            return kept
-        return kept & _within_budget(best, saliency, visual.budget)
+        if visual.budget is not None and visual.budget < len(best):
+            kept = kept & _within_budget(best, saliency, visual.budget)
+        return self.answer(kept, visual)
 
 
 def best_ranks(saliency: Tensor) -> Tensor:
@@ -97,8 +121,8 @@ KEEP = Either(
 
 
 @dataclass(frozen=True)
-class BestTokens(Rule, ABC):
-    """A rule that scores tokens and keeps the `keep` best of each group of images."""
+class Counted(Rule, ABC):
+    """A rule that keeps so many tokens of each group of images."""
 
     keep: Annotated[Keep, KEEP]
 
@@ -112,24 +136,26 @@ class BestTokens(Rule, ABC):
                 "or keep=[…] with the counts of a run"
             )
 
+    @property
+    def needs_text(self) -> bool:
+        """Whether the rule, or the one that it counts by, reads the text's attention."""
+        return self.reads_text or (callable(self.keep) and getattr(self.keep, "needs_text", True))
+
     @abstractmethod
-    def scores(self, saliency: Tensor, visual: VisualTokens) -> Tensor:
-        """How good each token is: [V]."""
+    def choose(self, count: int, saliency: Tensor | None, visual: VisualTokens) -> Tensor:
+        """True for `count` tokens: [V]."""
 
-    def __call__(self, saliency: Tensor, visual: VisualTokens) -> Tensor:
+    def __call__(self, saliency: Tensor | None, visual: VisualTokens) -> Tensor:
         """See `Pruner`."""
-        scores = self.scores(saliency, visual).float()
-        if self.keep_class_tokens:
-            scores = scores.masked_fill(visual.is_class, torch.inf)
-        count = self._count(saliency, visual)
-        return _first(scores, count if visual.budget is None else min(count, visual.budget))
+        count = min(self._count(saliency, visual), len(visual.image))
+        count = count if visual.budget is None else min(count, visual.budget)
+        return self.answer(self.choose(count, saliency, visual), visual)
 
-    def _count(self, saliency: Tensor, visual: VisualTokens) -> int:
-        tokens = saliency.shape[-1]
+    def _count(self, saliency: Tensor | None, visual: VisualTokens) -> int:
         if callable(self.keep):
-            return int(ask(self.keep, saliency, visual).sum())
+            return int(ask(self.keep, saliency, visual).mask.sum())
         if isinstance(self.keep, float):
-            return math.ceil(self.keep * tokens)
+            return math.ceil(self.keep * len(visual.image))
         if isinstance(self.keep, int):
             return self.keep
         if visual.group >= len(self.keep):
@@ -138,6 +164,22 @@ class BestTokens(Rule, ABC):
                 "expected a count for each"
             )
         return self.keep[visual.group]
+
+
+@dataclass(frozen=True)
+class BestTokens(Counted, ABC):
+    """A rule that scores tokens and keeps the best of each group of images."""
+
+    @abstractmethod
+    def scores(self, saliency: Tensor | None, visual: VisualTokens) -> Tensor:
+        """How good each token is: [V]."""
+
+    def choose(self, count: int, saliency: Tensor | None, visual: VisualTokens) -> Tensor:
+        """The best of them; class tokens before all others where they are to be kept."""
+        scores = self.scores(saliency, visual).float()
+        if self.keep_class_tokens:
+            scores = scores.masked_fill(visual.is_class, torch.inf)
+        return _first(scores, count)
 
 
 @reads_only
@@ -168,13 +210,15 @@ class RandomTokens(BestTokens):
     def scores(self, saliency: Tensor, visual: VisualTokens) -> Tensor:
         """One draw for each token."""
         generator = torch.Generator().manual_seed(self.seed)
-        return torch.rand(saliency.shape[-1], generator=generator).to(saliency.device)
+        return torch.rand(len(visual.image), generator=generator).to(visual.image.device)
 
 
 @reads_only
 @dataclass(frozen=True)
 class UniformGrid(BestTokens):
     """Patches spread evenly over every tile, class tokens last."""
+
+    reads_text: ClassVar[bool] = False
 
     def scores(self, saliency: Tensor, visual: VisualTokens) -> Tensor:
         """The order of an ordered dither (Bayer's matrix): its first n are even in space."""
@@ -200,3 +244,43 @@ class KeyNorm(BestTokens):
     def scores(self, saliency: Tensor, visual: VisualTokens) -> Tensor:
         """Minus the mean length of the first block's keys."""
         return -visual.keys.float().norm(dim=-1).mean(dim=0)
+
+
+@reads_only
+@dataclass(frozen=True)
+class FeatureNorm(BestTokens):
+    """The tokens whose projected features are longest."""
+
+    reads_text: ClassVar[bool] = False
+
+    def scores(self, saliency: Tensor | None, visual: VisualTokens) -> Tensor:
+        """Euclidean length of each feature."""
+        check_finite(visual)
+        return visual.features.float().norm(dim=-1)
+
+
+@reads_only
+@dataclass(frozen=True)
+class MaxMin(Counted):
+    """Tokens that differ: add, greedily, the one whose nearest chosen token is farthest.
+
+    The distance of two tokens is 1 - the cosine of their projected features.
+
+    Source: DivPrune, arXiv 2503.02175, section 3; how it is made fast, see `diversity`.
+    """
+
+    reads_text: ClassVar[bool] = False
+
+    def choose(self, count: int, saliency: Tensor | None, visual: VisualTokens) -> Tensor:
+        """The most different ones."""
+        check_finite(visual)
+        return most_different(visual, count, always=visual.is_class & self.keep_class_tokens)
+
+
+def check_finite(visual: VisualTokens) -> None:
+    """Raise PruningError where features are infinite or not a number."""
+    if not visual.features.isfinite().all():
+        raise PruningError(
+            "the visual features are not finite, and so cannot be compared; use another dtype "
+            "(--dtype bfloat16, or float32)"
+        )

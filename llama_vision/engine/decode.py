@@ -39,6 +39,7 @@ def decode_step(
     frequencies: Tensor,
     text_cache: tuple[list[Tensor], list[Tensor]],
     visual_cache: tuple[list[Tensor], list[Tensor]],
+    log_counts: Tensor | None,
     shape: Shape,
 ) -> Tensor:
     """One row more for each slot.
@@ -47,6 +48,7 @@ def decode_step(
         inputs: [4, B], on the device: the tokens' ids, their positions, and how many visual tokens
             each row sees in the first cross-attention block and in the later ones.
         text_cache, visual_cache: keys and values of each layer, [B, K, capacity, d].
+        log_counts: [B, capacity], see `VisualContext`.
 
     Returns:
         Logits [B, vocabulary], float32.
@@ -66,7 +68,8 @@ def decode_step(
     visual = []
     for layer, tokens in enumerate(shape.visual):
         keys, values = (tensors[layer][:, :, :tokens] for tensors in visual_cache)
-        context = VisualContext(keys, values)
+        counts = None if log_counts is None else log_counts[:, :tokens]
+        context = VisualContext(keys, values, counts)
         if not shape.exact and layer < 2:
             prefix = visible_prefix(in_later if layer else in_first, tokens)
         if not shape.exact:
@@ -99,8 +102,8 @@ class Decoder:
         if self.graphs is not None:
             size = (cache.slots, model.config.text.vocab_size)
             self.logits = torch.empty(size, device=self.device)  # one for all graphs
-        self.capacities: list[int] | None = None
-        """Of the visual store, when the tensors were last looked at."""
+        self.sizes: list[int] | None = None
+        """Of the visual store's tensors, when they were last looked at."""
 
     @torch.inference_mode()
     def step(self, tokens: Mapping[int, int]) -> Tensor:
@@ -124,7 +127,7 @@ class Decoder:
         seen = [lengths[: shape.slots] for lengths in visual.lengths] or [[0] * shape.slots]
         rows = [[tokens.get(slot, 0) for slot in slots], positions, seen[0], seen[-1]]
         self.inputs[:, : shape.slots].copy_(torch.tensor(rows))
-        if visual.capacities != self.capacities:
+        if self._sizes() != self.sizes:
             self._meet_tensors()
         if self.graphs is None:
             logits = self._run(shape)
@@ -155,25 +158,29 @@ class Decoder:
         return Shape(slots, length, extents if any(extents) else (), exact)
 
     def _run(self, shape: Shape) -> Tensor:
-        inputs = self.inputs
+        inputs, log_counts = self.inputs, self.cache.visual.log_counts
         text, visual = (
             (store.keys, store.values) for store in (self.cache.text, self.cache.visual)
         )
         if shape.slots < self.cache.slots:
             some = slice(shape.slots)
             inputs = inputs[:, some]
+            log_counts = None if log_counts is None else log_counts[some]
             text, visual = (
                 tuple([tensor[some] for tensor in tensors] for tensors in store)
                 for store in (text, visual)
             )
         if not self.compiled:
-            return decode_step(self.text, inputs, self.frequencies, text, visual, shape)
+            return decode_step(self.text, inputs, self.frequencies, text, visual, log_counts, shape)
         step = compiled_step(self.device.type)
-        return step(self.text, inputs, self.frequencies, text, visual, shape)
+        return step(self.text, inputs, self.frequencies, text, visual, log_counts, shape)
+
+    def _sizes(self) -> list[int]:
+        return [tensor.nbytes for tensor in self.cache.visual.tensors]
 
     def _meet_tensors(self) -> None:
         """At first, and again when a store was enlarged and so has moved."""
-        self.capacities = self.cache.visual.capacities
+        self.sizes = self._sizes()
         if self.graphs is not None:
             self.graphs.clear()
         if not self.compiled:

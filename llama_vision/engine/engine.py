@@ -48,6 +48,7 @@ class Engine:
             tiles; None to enlarge the cache to what is needed.
         visual_capacity: visual tokens that a slot has room for, where that is known better: in the
             later cross-attention layers, and in the first, which some rules leave whole.
+        merged: have room for merged tokens' counts from the beginning, see `Cache`.
         compiled: compile decoding, for which the first steps wait.
         graphs: on CUDA, capture decoding as graphs.
         force: allocate even where memory seems not to suffice.
@@ -64,6 +65,7 @@ class Engine:
         max_seq_len: int = DEFAULT_SEQ_LEN,
         visual_budget: float | int | None = None,
         visual_capacity: tuple[int | None, int | None] | None = None,
+        merged: bool = False,
         compiled: bool = False,
         graphs: bool = True,
         force: bool = False,
@@ -85,6 +87,7 @@ class Engine:
             max_text_tokens=max_seq_len,
             visual_capacity=later,
             first_visual_capacity=first,
+            merged=merged,
             dtype=model.model.dtype,
             device=model.model.device,
         )
@@ -250,7 +253,7 @@ class Engine:
         """Cut the pictures into tiles, run the prompt, and choose the first token."""
         settings, side = request.settings, self.config.vision.image_size
         budgets = (settings.visual_budget, *self.visual_budgets)
-        logits, request.kept = prefill(
+        logits, request.kept, request.stands = prefill(
             self.checkpoint.model,
             self.cache,
             request.slot,

@@ -65,6 +65,9 @@ class Completion:
     visual_tokens: VisualCounts
     kept: list[Tensor]
     """For each image a bool tensor [tiles, P]; class token first, then patches row by row."""
+    stands: list[Tensor]
+    """For each image of a group that was merged an int64 tensor [tiles, P]: the token of the group,
+    counted through all of its images, that stands for each."""
     top_logprobs: list[list[TokenLogprob]]
     """For each of `token_ids` the likeliest under the model itself, the likeliest first, as many as
     the settings ask for."""
@@ -132,6 +135,7 @@ class Request:
         self.logprobs: list[float] = []
         self.top_logprobs: list[list[TokenLogprob]] = []
         self.kept: list[Tensor] = []
+        self.stands: list[Tensor] = []
         self.finish_reason: FinishReason | None = None
         """None until it has finished."""
         new_groups = len(self.size.groups(self.config))
@@ -201,5 +205,6 @@ class Request:
             finish_reason=self.finish_reason or "interrupted",
             visual_tokens=VisualCounts(encoded, valid, kept),
             kept=list(self.kept),
+            stands=list(self.stands),
             top_logprobs=list(self.top_logprobs),
         )

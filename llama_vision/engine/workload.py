@@ -11,7 +11,7 @@ from llama_vision.config import Config
 from llama_vision.engine.segments import cut_into_segments
 from llama_vision.inputs.chat import Prompt, check_prompt
 from llama_vision.inputs.image import TiledImage, check_tiles, grid_of
-from llama_vision.values import Either, Number, Whole, check
+from llama_vision.values import Either, Flag, Number, Whole, check
 
 PREFILL_CHUNK = 2048
 """Rows of a prompt that keep a GPU busy; more of them at once would only take more memory."""
@@ -72,6 +72,8 @@ class Workload:
     prefill_chunk: int = PREFILL_CHUNK
     pruned: bool = False
     """Whether a pruner chooses among the visual tokens."""
+    merged: bool = False
+    """Whether that pruner may merge tokens."""
     needs_copies: bool = False
     """Whether that pruner is shown copies, see `cache.pruning`."""
     visual_budget: float | int | None = None
@@ -98,6 +100,7 @@ class Workload:
             "max_text_tokens": self.max_text_tokens,
             "visual_capacity": max(kept, default=0),
             "first_visual_capacity": None if self.trim_first_layer else max(needs, default=0),
+            "merged": self.merged and any(needs),
         }
 
     def check_budget(self, config: Config) -> None:
@@ -162,6 +165,7 @@ def workload_alike(
     max_seq_len: int = DEFAULT_SEQ_LEN,
     prompt_tokens: int | None = None,
     visual_budget: float | int | None = None,
+    merged: bool = False,
     prefill_chunk: int = PREFILL_CHUNK,
 ) -> Workload:
     """Prompts of equal size, a batch of them at once, each in a slot of its own.
@@ -172,6 +176,7 @@ def workload_alike(
         max_seq_len: most tokens of prompt and answer together.
         prompt_tokens: of each prompt, its images among them; None for max_seq_len - 1, the most.
         visual_budget: most visual tokens of each prompt to keep: a fraction of them or a count.
+        merged: whether the others are merged into those that are kept.
         prefill_chunk: most rows that go through a block at once.
 
     Raises:
@@ -189,7 +194,9 @@ def workload_alike(
     prompt = PromptSize(token_ids, ((1, tiles),) * images)
     budget = visual_budget if images else None
     prompts, pruned = (prompt,) * batch, budget is not None
-    load = Workload(prompts, batch, max_seq_len, prefill_chunk, pruned, visual_budget=budget)
+    merged = check("merged", merged, Flag()) and pruned
+    sizes = (prompts, batch, max_seq_len, prefill_chunk, pruned, merged)
+    load = Workload(*sizes, visual_budget=budget)
     load.check_budget(config)
     return load
 

@@ -230,7 +230,6 @@ class _Simulation:
     def prefill(self, prompt: PromptSize) -> None:
         """Run a prompt in the first slot."""
         workload, budget = self.workload, self.workload.visual_budget
-        keep_most = _KeepMostOfCopies if workload.needs_copies else _KeepMost
         self.cache.clear(0)
         prefill(
             self.model,
@@ -238,12 +237,18 @@ class _Simulation:
             0,
             prompt.token_ids,
             map(self._image, prompt.grids),
-            pruner=keep_most(workload.trim_first_layer) if workload.pruned else None,
+            pruner=self._pruner(),
             visual_budgets=[] if budget is None else [budget],
             chunk=workload.prefill_chunk,
             every_chunk=False,
             phase=self.phase,
         )
+
+    def _pruner(self) -> "_KeepMost | None":
+        if not self.workload.pruned:
+            return None
+        kind = _KeepMostOfCopies if self.workload.needs_copies else _KeepMost
+        return kind(self.workload.trim_first_layer, self.workload.merged)
 
     def decode(self) -> Tensor:
         """The last step that there is room for: the first slot is full, so that masks are large.
@@ -271,12 +276,14 @@ class _KeepMost:
     """A pruner that keeps as much as it may, and takes the room that ranking takes."""
 
     trim_first_layer: bool
+    merge: bool
 
     def __call__(self, saliency: Tensor, visual: VisualTokens) -> Tensor:
         best_ranks(saliency)
         tokens = len(visual.image)
         budget = tokens if visual.budget is None else visual.budget
-        return torch.arange(tokens, device="cpu") < budget
+        order = torch.arange(tokens, device="cpu")
+        return order.clamp(max=budget - 1) if self.merge else order < budget
 
 
 class _KeepMostOfCopies(_KeepMost):

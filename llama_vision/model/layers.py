@@ -115,7 +115,8 @@ def attention(
     Args:
         q: [B, H, S, d]; query heads h · H/K … (h + 1) · H/K - 1 share key/value head h.
         k, v: [B, K, L, d].
-        mask: [B, 1, S, L], True where a row may look: somewhere at least.
+        mask: [B, 1, S or 1, L]; bool, True where a row may look: somewhere at least; or what is
+            added to the scores, in q's type.
         causal: row s looks at keys 0 … s (S = L); no mask then.
 
     Returns:
@@ -123,8 +124,8 @@ def attention(
     """
     batch, heads, rows, width = q.shape
     shared = k.shape[1]
-    if rows == 1 or (mask is None and not causal):
-        # Without an order among the rows, heads that share keys are only more rows.
+    if rows == 1 or (not causal and (mask is None or mask.shape[2] == 1)):
+        # Where all rows look alike, heads that share keys are only more rows.
         q = q.reshape(batch, shared, -1, width)  # [B, K, H/K · S, d]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return out.reshape(batch, heads, rows, width)

@@ -60,6 +60,9 @@ class VisualContext:
     keys: Tensor
     """[B, K, V, d], from `CrossAttention.project`, now or when the image came."""
     values: Tensor
+    log_counts: Tensor | None = None
+    """[B, V], float32: of how many tokens each is the mean, as natural logarithm, which is added to
+    its scores: so it gets what they would all get. None where each is one."""
     mask: Tensor | None = None
     """[B, 1, S, V], True for the tokens that a row sees; None: all of them."""
     sees: Tensor | None = None
@@ -68,6 +71,13 @@ class VisualContext:
     """[1, S], float32: how much each row counts in the saliency; None: nobody asks for it."""
     saliency: Tensor | None = None
     """[H, V], float32: attention that the tokens got from the rows that vote, once it is known."""
+
+    def attention_mask(self, dtype: torch.dtype) -> Tensor | None:
+        """What `attention` takes: the mask alone, or with the logarithms where it is True."""
+        if self.log_counts is None:
+            return self.mask
+        added = self.log_counts[:, None, None].to(dtype)  # [B, 1, 1, V]
+        return added if self.mask is None else added.where(self.mask, -torch.inf)
 
 
 def visible_prefix(visible: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
@@ -215,7 +225,7 @@ class CrossAttention(GroupedQueryAttention):
         q = self.q_norm(split_heads(self.q_proj(x), self.heads))
         k, v = visual.keys, visual.values
         if visual.votes is None:
-            out = attention(q, k, v, mask=visual.mask)
+            out = attention(q, k, v, mask=visual.attention_mask(q.dtype))
         else:
             out, visual.saliency = attention_with_saliency(q, k, v, visual.votes, visual.mask)
         if visual.sees is not None:

@@ -14,7 +14,7 @@ from llama_vision.cache.kv import Cache
 from llama_vision.checkpoint.config_json import config_to_dict
 from llama_vision.checkpoint.names import official_names
 from llama_vision.config import Config
-from llama_vision.engine.prefill import encode_group
+from llama_vision.engine.encode import encode_group
 from llama_vision.inputs.image import TiledImage
 from llama_vision.model.model import LlamaVisionModel
 
