@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llama_vision.cache.kv import Cache
-from llama_vision.cache.pruning import Pruner, merges, needs_copies
+from llama_vision.cache.pruning import Pruner, traits_of
 from llama_vision.checkpoint.config_json import read_config
 from llama_vision.checkpoint.devices import choose_device, choose_dtype
 from llama_vision.checkpoint.generation_json import read_generation_config
@@ -204,22 +204,12 @@ class LlamaVision:
         of_each = Settings().but(**settings).of_samples(len(prompts), seed)
         load = self.workload(prompts, slots=slots, **settings)
         load = load if force else self.room.fitted(load, slots)
-        engine = self._sized_engine(load, compiled=compiled, graphs=graphs)
+        engine = Engine(self, workload=load, compiled=compiled, graphs=graphs, force=True)
         if track_memory:
             engine.ledger = Ledger(self.device, *self.model.parameters(), *engine.cache.tensors)
         most = load.max_text_tokens
         pairs = zip(prompts, of_each, strict=True)
         return engine, [engine.submit(prompt, own, max_seq_len=most) for prompt, own in pairs]
-
-    def _sized_engine(self, load: Workload, **how: Any) -> Engine:
-        """An engine whose cache is as large as a workload needs it; `how` to decode."""
-        sizes = load.cache_sizes(self.config)
-        later = None if load.open_ended else sizes["visual_capacity"]
-        how |= {"visual_capacity": (later, sizes["first_visual_capacity"]), "force": True}
-        how |= {"merged": sizes["merged"], "max_seq_len": load.max_text_tokens}
-        engine = Engine(self, slots=load.slots, **how)
-        engine.workload = load
-        return engine
 
     def plan(self, prompts: Sequence[Prompt | Messages], **settings: Any) -> MemoryPlan:
         """The memory that `start` with these settings would take; nothing is allocated."""
@@ -251,11 +241,8 @@ class LlamaVision:
             min(slots or len(sizes), len(sizes)),
             max(asked.limit(len(size.token_ids), allowed) for size in sizes),
             asked.prefill_chunk,
-            pruned=asked.pruner is not None,
-            merged=merges(asked.pruner),
-            needs_copies=asked.pruner is not None and needs_copies(asked.pruner),
+            pruner=None if asked.pruner is None else traits_of(asked.pruner),
             visual_budget=asked.visual_budget,
-            trim_first_layer=getattr(asked.pruner, "trim_first_layer", True),
             padding_tiles_alike=self.model.vision.padding_tiles_alike,
         )
         load.check_budget(config)

@@ -252,6 +252,7 @@ def test_an_option_that_changes_no_answer(capsys, option):
     [
         *("--k-ratio 0.1", "--k-ratio 1 --visual-budget 7", "--pruner random --keep 9 --seed 3"),
         *(f"--pruner {name} --keep 0.5" for name in PRUNERS),
+        *("--keep 0.5", "--keep 9", "--pruner uniform --keep 0.3 --merge", "--k-ratio 0.2 --merge"),
     ],
 )
 def test_a_rule_of_pruning_on_request(capsys, rule):
@@ -388,8 +389,10 @@ SETTINGS = {
     "chunks of nothing": ("--prefill-chunk 0", "prefill_chunk is 0; expected 1 or more"),
     "no budget": ("--visual-budget 0", "visual_budget is 0; expected a fraction above 0"),
     "k-ratio of 0": ("--k-ratio 0", "k_ratio is 0.0; expected more than 0 and at most 1"),
-    "keep without rule": ("--keep 9", "need each other; give both"),
-    "two rules": ("--k-ratio 1 --pruner top-k --keep 9", "leave out --k-ratio or --pruner"),
+    "rule without keep": ("--pruner top-k", "give --keep R|N too"),
+    "merge without rule": ("--keep 9 --merge", "--keep alone merges anyway"),
+    "keep and ratio": ("--k-ratio 1 --keep 9", "leave out --k-ratio or --keep"),
+    "two rules": ("--k-ratio 1 --pruner top-k --keep 9", "leave out --k-ratio or --keep"),
     "unknown rule": ("--pruner best --keep 9", "invalid choice: 'best'"),
     "min-p of 2": ("--min-p 2", "min_p is 2.0; expected 0 or more and at most 1"),
     "no penalty": ("--repetition-penalty 0", "repetition_penalty is 0.0; expected more than 0"),
@@ -796,7 +799,7 @@ def test_the_planning_tool_tells_mistakes_as_the_command_does(capsys):
     assert tool.main(["11b", "--batch=-5"]) == 2
     first, second = capsys.readouterr().err.splitlines()
     assert first == "plan_memory: argument --images: '--' is not a whole number; see --help"
-    assert second == "plan_memory: batch is -5; expected 1 or more"
+    assert second == "plan_memory: batch is -5; expected 1 to 1048576"
 
 
 ALONE = """

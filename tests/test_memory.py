@@ -68,7 +68,7 @@ def assert_as_planned(model, engine):
     features = max(capacities) * text.hidden_size * model.model.dtype.itemsize
     slack = {
         "vision": inputs,
-        "prefill": inputs + load.pruned * features,
+        "prefill": inputs + (load.pruner is not None) * features,
         "decode": notes + load.slots * (load.max_text_tokens + sum(capacities[:2]) + 2),
         "sampling": notes + load.slots * text.vocab_size * 4,
     }

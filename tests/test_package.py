@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "memory": PARTS,
     "api": PARTS,
     "__init__": PARTS | {"api"},
-    "cli": PARTS | {"api"},
+    "show": PARTS,
+    "cli": PARTS | {"api", "show"},
     "__main__": {"cli"},
 }
 """A row for each folder, and each file beside them; the files of a folder import one another."""
@@ -39,6 +40,7 @@ ONLY_TORCH = {"config", "cache", "model"}
 
 TESTED_WITH = {
     "api": "__init__",
+    "cache.rule": "__init__",
     "cache.rules": "__init__",
     "engine.engine": "__init__",
     "engine.request": "__init__",

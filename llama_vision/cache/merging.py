@@ -12,31 +12,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama_vision.cache.visual_tokens import VisualTokens
+
 ROWS_AT_ONCE = 2048
-"""Tokens whose likeness to the kept ones is computed together, which bounds what it takes."""
+"""Tokens that are compared with the kept ones together, which bounds what it takes."""
 
 
-def nearest_kept(features: Tensor, keep: Tensor, image: Tensor) -> Tensor:
+def directions_of(features: Tensor) -> Tensor:
+    """Features [..., D] as float32 of length 1: their products are cosines."""
+    return F.normalize(features.float(), dim=-1)
+
+
+def nearest_kept(visual: VisualTokens, keep: Tensor) -> Tensor:
     """For each token the kept one whose feature points most nearly the same way.
 
+    A token joins one of its own image, for not every row of the text sees the others; where its
+    image keeps none, one of any image. Kept tokens stand for themselves.
+
     Args:
-        features: [V, D].
-        keep: [V], bool; kept tokens stand for themselves.
-        image: [V], the image that each token belongs to: a token joins one of its own image, for
-            not every row sees the others. Where its image keeps none, one of any image.
+        keep: [V], bool.
 
     Returns:
         [V], int64, indices into [V].
     """
-    kept = keep.nonzero().squeeze(-1)
-    others = (~keep).nonzero().squeeze(-1)
-    stands = torch.arange(len(keep), device=keep.device)
-    directions = F.normalize(features[kept].float(), dim=-1)  # [n, D]
+    return join(visual, keep.nonzero().squeeze(-1), (~keep).nonzero().squeeze(-1))
+
+
+def join(visual: VisualTokens, kept: Tensor, others: Tensor) -> Tensor:
+    """The same for indices: of the kept tokens [n], and of all others [V - n]."""
+    stands = torch.arange(len(visual.image), device=kept.device)
+    directions = directions_of(visual.features[kept])  # [n, D]
     for some in others.split(ROWS_AT_ONCE):
-        likeness = F.normalize(features[some].float(), dim=-1) @ directions.T
-        if len(image) and bool(image[0] != image[-1]):
-            likeness -= 4.0 * (image[some][:, None] != image[kept])  # cosines differ by 2 at most
-        stands[some] = kept[likeness.argmax(dim=-1)]
+        cosines = directions_of(visual.features[some]) @ directions.T
+        if len(visual.grids) > 1:  # those of other images come after all of its own
+            cosines -= 4 * (visual.image[some][:, None] != visual.image[kept])
+        stands[some] = kept[cosines.argmax(dim=-1)]
     return stands
 
 
@@ -53,12 +63,11 @@ def merge(features: Tensor, keep: Tensor, stands: Tensor) -> tuple[Tensor, Tenso
         clusters' sizes [n], float32.
     """
     cluster = keep.cumsum(0)[stands] - 1  # [V], 0 … n - 1
-    n = int(keep.sum())
-    ones = torch.ones(len(keep), device=keep.device)
+    n, ones = int(keep.sum()), torch.ones(len(keep), device=keep.device)
     sizes = torch.zeros(n, device=keep.device).index_add_(0, cluster, ones)
     cluster, sizes = cluster.to(features.device), sizes.to(features.device)
     total = torch.zeros(n, features.shape[1], device=features.device)
     for start in range(0, len(features), ROWS_AT_ONCE):
         some = slice(start, start + ROWS_AT_ONCE)
         total.index_add_(0, cluster[some], features[some].float())
-    return (total / sizes[:, None]).type_as(features), sizes.log()
+    return total.div_(sizes[:, None]).type_as(features), sizes.log()

@@ -4,9 +4,11 @@ After the first cross-attention block over a group of images a pruner is asked o
 visual tokens to keep. Later cross-attention blocks project keys and values of those only, the cache
 holds only those, and decoding reads only those.
 
-A pruner is any callable that fits `Pruner`. It may also have the attributes of `rules.Rule`.
+A pruner is any callable that fits `Pruner`. It may also have the attributes of `rule.Rule`.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
@@ -71,25 +73,48 @@ class Kept(NamedTuple):
     """[V], int64: the kept token that stands for each; None where the others are dropped."""
 
 
-def merges(pruner: Pruner | None) -> bool:
-    """Whether a pruner may answer with an assignment."""
-    return getattr(pruner, "merge", False)
+@dataclass(frozen=True)
+class Traits:
+    """What is to be known of a pruner before it is asked."""
+
+    merge: bool = False
+    """Whether it may answer who stands for each token."""
+    needs_text: bool = True
+    """Whether it reads the text's attention, and so is asked after the first block."""
+    trim_first_layer: bool = True
+    """See `rule.Rule`."""
+    needs_copies: bool = False
+    """Whether it is shown copies."""
+    rehearse: Callable[..., None] | None = None
+    """Takes the memory that the pruner takes, see `rule.Rule`; None where that is not known."""
+
+    @property
+    def is_asked_first(self) -> bool:
+        """Whether it is asked before the prompt runs."""
+        return self.trim_first_layer and not self.needs_text
 
 
-def is_asked_first(pruner: Pruner | None) -> bool:
-    """Whether a pruner is asked before the prompt runs, for it reads no text."""
-    blind = pruner is not None and not getattr(pruner, "needs_text", True)
-    return blind and getattr(pruner, "trim_first_layer", True)
+def traits_of(pruner: Pruner) -> Traits:
+    """Those of a pruner, from its attributes.
+
+    Raises:
+        PruningError: it is none, or an attribute means nothing here.
+    """
+    check_options(check("pruner", pruner, PRUNER, error=PruningError))
+    names = ("merge", "needs_text", "trim_first_layer")
+    given = {name: getattr(pruner, name) for name in names if hasattr(pruner, name)}
+    copies = needs_copies(pruner)
+    return Traits(**given, needs_copies=copies, rehearse=None if copies else pruner.rehearse)
 
 
 def check_options(pruner: Pruner) -> None:
-    """Raise PruningError where an attribute that a `rules.Rule` has means nothing here."""
+    """Raise PruningError where an attribute that a `rule.Rule` has means nothing here."""
     flags = [(name, Flag()) for name in ("trim_first_layer", "merge", "needs_text")]
     for name, kind in (("votes", VOTES), *flags):
         if hasattr(pruner, name):
             of = f"{name} of pruner {_name(pruner)}"
             check(of, getattr(pruner, name), kind, error=PruningError)
-    if merges(pruner) and not getattr(pruner, "trim_first_layer", True):
+    if getattr(pruner, "merge", False) and not getattr(pruner, "trim_first_layer", True):
         raise PruningError(
             f"pruner {_name(pruner)} merges and leaves the first layer whole; expected "
             "trim_first_layer=True, or merge=False"
@@ -127,10 +152,11 @@ def read_answer(answer: Tensor, pruner: Pruner, visual: VisualTokens) -> Kept:
             budget.
     """
     name, tokens = _name(pruner), len(visual.image)
-    types = (torch.bool, torch.int64) if merges(pruner) else (torch.bool,)
+    merges = traits_of(pruner).merge
+    types = (torch.bool, torch.int64) if merges else (torch.bool,)
     is_tensor = isinstance(answer, Tensor) and answer.dtype in types and not answer.is_meta
     if not is_tensor or answer.layout != torch.strided or tuple(answer.shape) != (tokens,):
-        what = " or torch.int64" * merges(pruner)
+        what = " or torch.int64" * merges
         raise PruningError(
             f"pruner {name} returned {quote(answer)}; expected a torch.bool{what} tensor [V] = "
             f"[{tokens}]{_hint(answer)}"

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from typing import IO, Any, NoReturn
 
 from llama_vision.cache.pruning import Pruner, PruningError
+from llama_vision.cache.rule import Rule
 from llama_vision.cache.rules import (
+    FeatureNorm,
     KeyNorm,
     LastQuery,
+    MaxMin,
     RandomTokens,
     TopK,
     TrimmedLlama,
@@ -21,12 +24,16 @@ from llama_vision.engine.workload import PREFILL_CHUNK
 from llama_vision.errors import LlamaVisionError, quote
 
 PRUNERS = {
+    "max-min": MaxMin,
+    "feature-norm": FeatureNorm,
     "top-k": TopK,
     "last-query": LastQuery,
     "key-norm": KeyNorm,
     "uniform": UniformGrid,
     "random": RandomTokens,
 }
+
+SHOWN_RULES = {"trimmed": TrimmedLlama, **PRUNERS}
 
 
 class UsageError(LlamaVisionError):
@@ -67,6 +74,7 @@ def read_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     _add_question(parser.add_argument_group("question"))
     _add_answer(parser.add_argument_group("answer"))
     _add_pruning(parser.add_argument_group("pruning"))
+    _add_showing(parser.add_argument_group("what was kept, to look at"))
     _add_memory(parser.add_argument_group("device and memory"))
     return parser.parse_args([_with_dashes(argument) for argument in arguments])
 
@@ -137,20 +145,43 @@ def _add_answer(group: Group) -> None:
 def _add_pruning(group: Group) -> None:
     add = group.add_argument
     add(
+        "--keep",
+        type=number,
+        metavar="R|N",
+        help="visual tokens to keep, 0.5 for half or 800 for a count: those that differ most "
+        "(max-min), with the others merged into them, unless --pruner names another rule",
+    )
+    add("--pruner", choices=PRUNERS, help="another rule for --keep; it drops the others")
+    add(
         "--k-ratio",
         type=real,
         metavar="R",
-        help="prune with Trimmed Llama: top-k per head, k = R·V",
+        help="prune with the paper's rule, Trimmed Llama: top-k per head, k = R·V",
     )
-    add("--pruner", choices=PRUNERS, help="prune with a baseline; needs --keep")
     add(
-        "--keep", type=number, metavar="R|N", help="visual tokens to keep: 0.5 is half, 800 a count"
+        "--merge", action="store_true", help="with --pruner or --k-ratio, merge instead of dropping"
     )
     add(
         "--visual-budget",
         type=number,
         metavar="R|N",
         help="most visual tokens to keep, and the size of their cache",
+    )
+
+
+def _add_showing(group: Group) -> None:
+    group.add_argument(
+        "--show-kept",
+        metavar="PATH",
+        help="write the pictures with what was kept, merged and dropped, and the attention to it: "
+        "a picture (.png), or a page that needs no network (.html)",
+    )
+    group.add_argument(
+        "--show-rules",
+        type=rule_names,
+        default=[],
+        metavar="NAME,…",
+        help=f"beside it, what these would keep at the same count: {', '.join(SHOWN_RULES)}",
     )
 
 
@@ -214,6 +245,14 @@ def number(argument: str) -> int | float:
         return real(argument)
 
 
+def rule_names(argument: str) -> list[type[Rule]]:
+    """Rules by name, with commas between them."""
+    try:
+        return [SHOWN_RULES[name] for name in argument.split(",")]
+    except KeyError:
+        raise _unread(argument, f"of {', '.join(SHOWN_RULES)}") from None
+
+
 def text(argument: str) -> str:
     """A text that came as UTF-8; bytes that are none are in it as lone surrogates."""
     try:
@@ -234,18 +273,21 @@ def _unread(argument: str, expected: str) -> argparse.ArgumentTypeError:
 
 
 def build_pruner(options: argparse.Namespace) -> Pruner | None:
-    """The rule that --k-ratio or --pruner asks for."""
-    if (options.pruner is None) != (options.keep is None):
-        raise PruningError("--pruner NAME and --keep R|N need each other; give both")
-    if options.k_ratio is not None and options.pruner is not None:
-        raise PruningError("--k-ratio is Trimmed Llama; leave out --k-ratio or --pruner")
+    """The rule that --keep, --pruner or --k-ratio asks for."""
+    if options.pruner is not None and options.keep is None:
+        raise PruningError("--pruner NAME needs to know how many tokens; give --keep R|N too")
+    if options.k_ratio is not None and options.keep is not None:
+        raise PruningError("--k-ratio is Trimmed Llama; leave out --k-ratio or --keep")
+    if options.merge and options.k_ratio is None and options.pruner is None:
+        raise PruningError("--merge is of --k-ratio R or --pruner NAME; --keep alone merges anyway")
     if options.k_ratio is not None:
-        return TrimmedLlama(options.k_ratio)
-    if options.pruner is None:
+        return TrimmedLlama(options.k_ratio, merge=options.merge)
+    if options.keep is None:
         return None
-    rule = PRUNERS[options.pruner]
+    if options.pruner is None:
+        return MaxMin(options.keep, merge=True)
     seed = {"seed": options.seed or 0} if options.pruner == "random" else {}
-    return rule(options.keep, **seed)
+    return PRUNERS[options.pruner](options.keep, merge=options.merge, **seed)
 
 
 def _with_dashes(argument: str) -> str:

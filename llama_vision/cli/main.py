@@ -43,6 +43,7 @@ from llama_vision.inputs.special import BEGIN_OF_TEXT, reading_special, special_
 from llama_vision.inputs.tokenizer import Tokenizer
 from llama_vision.inputs.vocabulary import PlainBytes
 from llama_vision.memory.fit import check_before_download
+from llama_vision.show.write import check_target, show_kept
 
 __all__ = ["EXIT_INTERRUPTED", "EXIT_USAGE", "main"]
 
@@ -77,6 +78,9 @@ def run(options: argparse.Namespace) -> int:
     check_question(options)
     settings = chosen_settings(options)
     Settings(**settings)
+    check_target(
+        options.show_kept, options.image, pruned="pruner" in settings, others=options.show_rules
+    )
     images = [open_image(path) for path in options.image]
     if options.plan or options.fit is not None:
         return plan(options, images, settings)
@@ -164,6 +168,9 @@ def answer(
         tell_table(format_stats(report))
     if options.json:
         write(json.dumps(report, allow_nan=False))
+    if options.show_kept is not None and request.kept:
+        how = {"question": options.prompt, "others": options.show_rules}
+        show_kept(options.show_kept, model, request, **how)
     return exit_code
 
 
@@ -187,6 +194,7 @@ def plan(options: argparse.Namespace, images: list[Image], settings: dict[str, A
             tiles=options.max_tiles,
             max_seq_len=options.max_seq_len or DEFAULT_SEQ_LEN,
             visual_budget=options.visual_budget,
+            pruner=settings.get("pruner"),
             prefill_chunk=options.prefill_chunk,
         )
     return print_plan(

@@ -143,7 +143,7 @@ def format_plan(
         visual_capacity=config.vision.tokens_per_tile,
         dtype=plan.dtype,
     )
-    whole = replace(workload, visual_budget=None, trim_first_layer=True)
+    whole = replace(workload, visual_budget=None, pruner=None)
     in_full = Cache.plan(config.text, dtype=plan.dtype, **whole.cache_sizes(config)).visual
     rows = [("weights", plan.weights)]
     rows += [(f"  {part}", size) for part, size in plan.parts.items()]

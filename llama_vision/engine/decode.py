@@ -65,7 +65,19 @@ def decode_step(
         mask=mask,  # [B, 1, 1, L]
         causal=False,
     )
-    visual = []
+    visual = _visual_contexts(visual_cache, log_counts, in_first, in_later, shape)
+    return text.logits(text(token_ids, words, visual)[:, 0])
+
+
+def _visual_contexts(
+    visual_cache: tuple[list[Tensor], list[Tensor]],
+    log_counts: Tensor | None,
+    in_first: Tensor,
+    in_later: Tensor,
+    shape: Shape,
+) -> list[VisualContext]:
+    """What each cross-attention block reads; rows see the first [B, 1] of its tokens."""
+    contexts = []
     for layer, tokens in enumerate(shape.visual):
         keys, values = (tensors[layer][:, :, :tokens] for tensors in visual_cache)
         counts = None if log_counts is None else log_counts[:, :tokens]
@@ -74,8 +86,8 @@ def decode_step(
             prefix = visible_prefix(in_later if layer else in_first, tokens)
         if not shape.exact:
             context.mask, context.sees = prefix
-        visual.append(context)
-    return text.logits(text(token_ids, words, visual)[:, 0])
+        contexts.append(context)
+    return contexts
 
 
 def compiled_step(device: str) -> Callable[..., Tensor]:

@@ -46,9 +46,7 @@ class Engine:
         visual_budget: most visual tokens of a group of images to keep, for which the cache is
             allocated: a count, or a fraction of the group's, in the cache of one image of all
             tiles; None to enlarge the cache to what is needed.
-        visual_capacity: visual tokens that a slot has room for, where that is known better: in the
-            later cross-attention layers, and in the first, which some rules leave whole.
-        merged: have room for merged tokens' counts from the beginning, see `Cache`.
+        workload: what it is made for, where that is known: its sizes go before the three above.
         compiled: compile decoding, for which the first steps wait.
         graphs: on CUDA, capture decoding as graphs.
         force: allocate even where memory seems not to suffice.
@@ -64,39 +62,36 @@ class Engine:
         slots: int = 1,
         max_seq_len: int = DEFAULT_SEQ_LEN,
         visual_budget: float | int | None = None,
-        visual_capacity: tuple[int | None, int | None] | None = None,
-        merged: bool = False,
+        workload: Workload | None = None,
         compiled: bool = False,
         graphs: bool = True,
         force: bool = False,
     ):
         check("model", model, MODEL, error=EngineError)
         check_flags(compiled=compiled, graphs=graphs, force=force)
-        capacity = slot_capacity(model.config, slots, max_seq_len, visual_budget)
-        later, first = visual_capacity or (capacity, None)
+        capacity = None
+        if workload is None:
+            capacity = slot_capacity(model.config, slots, max_seq_len, visual_budget)
+            sizes = {"slots": slots, "max_text_tokens": max_seq_len, "visual_capacity": capacity}
+            if not force:
+                model.room.check_slots(slots, max_seq_len, capacity)
+        else:
+            sizes = workload.cache_sizes(model.config)
+            sizes["visual_capacity"] = None if workload.open_ended else sizes["visual_capacity"]
         if compiled:
             check_compiler(model.model.device.type)
-        if not force:
-            model.room.check_slots(slots, max_seq_len, capacity)
         if model.model.dtype == torch.float32:
             kernels.fastest()  # now, not in a run that is measured
         self.checkpoint, self.config, self.closed = model, model.config, False
-        self.cache = Cache(
-            model.config.text,
-            slots=slots,
-            max_text_tokens=max_seq_len,
-            visual_capacity=later,
-            first_visual_capacity=first,
-            merged=merged,
-            dtype=model.model.dtype,
-            device=model.model.device,
-        )
+        place = {"dtype": model.model.dtype, "device": model.model.device}
+        self.cache = Cache(model.config.text, **sizes, **place)
         self.decoder = Decoder(model.model, self.cache, compiled=compiled, graphs=graphs)
-        self.visual_budgets = [b for b in (visual_budget, capacity) if b is not None]
+        budgets = (visual_budget, capacity)
+        self.visual_budgets = [budget for budget in budgets if budget is not None]
         self.waiting: deque[Request] = deque()
         self.held: dict[int, Request] = {}
         """The latest request of each slot that is taken."""
-        self.workload: Workload | None = None  # what it was made for, if that was known
+        self.workload = workload
         self.seconds = {"vision": 0.0, "prefill": 0.0, "decode": 0.0}
         self.ledger: Any = None  # a `memory.ledger.Ledger` that is to note the peaks of memory
 

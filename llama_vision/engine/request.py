@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llama_vision.cache.kv import VisualStore
-from llama_vision.cache.pruning import PruningError
+from llama_vision.cache.pruning import PruningError, traits_of
 from llama_vision.config import Config
 from llama_vision.engine.answer_text import AnswerText
 from llama_vision.engine.sampling import Sampling
@@ -159,7 +159,8 @@ class Request:
                 "prune with trim_first_layer=True"
             )
         for budget in (self.settings.visual_budget, *budgets):
-            load = Workload((self.size,), 1, 1, pruned=pruner is not None, visual_budget=budget)
+            traits = None if pruner is None else traits_of(pruner)
+            load = Workload((self.size,), 1, 1, pruner=traits, visual_budget=budget)
             load.check_budget(self.config)
 
     @property

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llama_vision.cache.kv import Cache
 from llama_vision.cache.merging import merge
-from llama_vision.cache.pruning import Pruner, ask, is_asked_first
+from llama_vision.cache.pruning import Pruner, ask, traits_of
 from llama_vision.cache.visual_tokens import VisualTokens
 from llama_vision.engine.encode import TOKENS_AT_ONCE
 from llama_vision.engine.segments import Segment
@@ -64,6 +64,7 @@ class SegmentForward:
         self.held = cache.text.lengths[slot]
         self.segment, self.group, self.chunk = segment, group, chunk
         self.pruner = pruner if group is not None else None
+        self.traits = None if self.pruner is None else traits_of(self.pruner)
         self.counts = group.counts if group is not None else []
         """Tokens of each image that the coming blocks see."""
         self.sees_images = group is not None or cache.visual.holds(slot)
@@ -85,7 +86,7 @@ class SegmentForward:
         if self.group is not None:
             rows = self.segment.image_rows
             self.cache.visual.note_images(self.slot, self.held + rows[0], self.held + rows[-1])
-        if is_asked_first(self.pruner):
+        if self.traits is not None and self.traits.is_asked_first:
             self._choose(None)
         ids = [token_ids[row] for row in self.segment.rows]
         h = self.text.embed_tokens(torch.tensor([ids], device=self.frequencies.device))  # [1, S, D]
@@ -134,12 +135,12 @@ class SegmentForward:
     def _cross_attend(self, block: CrossAttentionBlock, h: Tensor) -> None:
         """One cross-attention block over the rows that see something; after the first, prune."""
         keys, values = self._keys_values(block)
-        saliency, needs_text = None, getattr(self.pruner, "needs_text", True)
+        saliency = None
         for rows, visible in self._visual_chunks():
             context = VisualContext(keys, values, self._log_counts(keys.shape[2]))
             if visible is not None:
                 context.mask, context.sees = visible_prefix(visible, keys.shape[2])
-            if self.pruner is not None and needs_text:
+            if self.pruner is not None and self.traits.needs_text:
                 context.votes = self._votes(rows).to(h.device)
             h[:, rows] = block(h[:, rows], context)
             if saliency is None:
@@ -216,7 +217,6 @@ class SegmentForward:
     ) -> None:
         """Prune after a block, and hold in its cache only what is kept."""
         store, layer = self.cache.visual, block.layer
-        first_too = getattr(self.pruner, "trim_first_layer", True)
         self.group.keys = keys[0]
         index = self._choose(saliency)
         self.group.keys = None
@@ -225,7 +225,7 @@ class SegmentForward:
                 block, self.group.features[None], store.room(layer, self.slot, len(index))
             )
         elif self.store:
-            if first_too:
+            if self.traits.trim_first_layer:
                 keys, values = keys[:, :, index], values[:, :, index]
             room = store.room(layer, self.slot, keys.shape[2])
             for there, kept in zip(room, (keys, values), strict=True):

@@ -5,13 +5,18 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from llama_vision.cache.pruning import PruningError
+from llama_vision.cache.pruning import (
+    Pruner,
+    PruningError,
+    Traits,
+    traits_of,
+)
 from llama_vision.cache.visual_tokens import Grid
 from llama_vision.config import Config
 from llama_vision.engine.segments import cut_into_segments
 from llama_vision.inputs.chat import Prompt, check_prompt
 from llama_vision.inputs.image import TiledImage, check_tiles, grid_of
-from llama_vision.values import Either, Flag, Number, Whole, check
+from llama_vision.values import Either, Number, Whole, check
 
 PREFILL_CHUNK = 2048
 """Rows of a prompt that keep a GPU busy; more of them at once would only take more memory."""
@@ -70,22 +75,17 @@ class Workload:
     max_text_tokens: int
     """Most tokens of a slot, prompt and answer together."""
     prefill_chunk: int = PREFILL_CHUNK
-    pruned: bool = False
-    """Whether a pruner chooses among the visual tokens."""
-    merged: bool = False
-    """Whether that pruner may merge tokens."""
-    needs_copies: bool = False
-    """Whether that pruner is shown copies, see `cache.pruning`."""
+    pruner: Traits | None = None
+    """Of the one that chooses among the visual tokens; None where all are kept."""
     visual_budget: float | int | None = None
     """Most visual tokens of a group to keep: a count, or a fraction of them."""
-    trim_first_layer: bool = True
     padding_tiles_alike: bool = False
     """Whether one padding tile stands for all of an image; not known before the weights are."""
 
     @property
     def open_ended(self) -> bool:
         """Whether what is kept will only be known when a pruner has answered."""
-        return self.pruned and self.visual_budget is None
+        return self.pruner is not None and self.visual_budget is None
 
     def cache_sizes(self, config: Config) -> dict[str, Any]:
         """The arguments of `Cache` and `Cache.plan` but for dtype and device.
@@ -95,12 +95,13 @@ class Workload:
         """
         needs = [prompt.decoded(config) for prompt in self.prompts]
         kept = [budget_in_tokens(self.visual_budget, n) if n else 0 for n in needs]
+        traits = self.pruner or Traits()
         return {
             "slots": self.slots,
             "max_text_tokens": self.max_text_tokens,
             "visual_capacity": max(kept, default=0),
-            "first_visual_capacity": None if self.trim_first_layer else max(needs, default=0),
-            "merged": self.merged and any(needs),
+            "first_visual_capacity": None if traits.trim_first_layer else max(needs, default=0),
+            "merged": traits.merge and any(needs),
         }
 
     def check_budget(self, config: Config) -> None:
@@ -110,7 +111,7 @@ class Workload:
                 budget_in_tokens(self.visual_budget, tokens)
             need = prompt.decoded(config)
             most = budget_in_tokens(self.visual_budget, need) if need else 0
-            if need > most and not self.pruned:
+            if need > most and self.pruner is None:
                 raise PruningError(
                     f"the images need {need} visual tokens and the visual budget is {most}; "
                     f"raise --visual-budget (visual_budget) to {need}, or choose a pruner, "
@@ -165,7 +166,7 @@ def workload_alike(
     max_seq_len: int = DEFAULT_SEQ_LEN,
     prompt_tokens: int | None = None,
     visual_budget: float | int | None = None,
-    merged: bool = False,
+    pruner: Pruner | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
 ) -> Workload:
     """Prompts of equal size, a batch of them at once, each in a slot of its own.
@@ -176,11 +177,10 @@ def workload_alike(
         max_seq_len: most tokens of prompt and answer together.
         prompt_tokens: of each prompt, its images among them; None for max_seq_len - 1, the most.
         visual_budget: most visual tokens of each prompt to keep: a fraction of them or a count.
-        merged: whether the others are merged into those that are kept.
+        pruner: what chooses them; None for any that drops the others.
         prefill_chunk: most rows that go through a block at once.
 
-    Raises:
-        LlamaVisionError: a number is out of range.
+    Raises: LlamaVisionError for a number out of range.
     """
     tiles = config.vision.max_num_tiles if tiles is None else tiles
     check("batch", batch, SLOTS)
@@ -193,10 +193,8 @@ def workload_alike(
     token_ids = (config.text.image_token_id,) * images + (0,) * (prompt_tokens - images)
     prompt = PromptSize(token_ids, ((1, tiles),) * images)
     budget = visual_budget if images else None
-    prompts, pruned = (prompt,) * batch, budget is not None
-    merged = check("merged", merged, Flag()) and pruned
-    sizes = (prompts, batch, max_seq_len, prefill_chunk, pruned, merged)
-    load = Workload(*sizes, visual_budget=budget)
+    traits = (Traits() if budget is not None else None) if pruner is None else traits_of(pruner)
+    load = Workload((prompt,) * batch, batch, max_seq_len, prefill_chunk, traits, budget)
     load.check_budget(config)
     return load
 

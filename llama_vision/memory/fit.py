@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from llama_vision.cache.kv import Cache
+from llama_vision.cache.pruning import Traits
 from llama_vision.checkpoint.devices import choose_device, choose_dtype
 from llama_vision.checkpoint.hub import load_config, source_path
 from llama_vision.config import OFFICIAL_SIZES, Config
@@ -189,10 +190,12 @@ class Room:
         if 0 < more < answer:
             yield f"--max-seq-len {longest + more} (max_seq_len={longest + more})"
         held = load.cache_sizes(self.config)["visual_capacity"]
-        kept = search(lambda n: replace(load, pruned=True, visual_budget=n), held)
+        kept = search(
+            lambda n: replace(load, pruner=load.pruner or Traits(), visual_budget=n), held
+        )
         if 0 < kept < held:
-            pruner = "" if load.pruned else " --k-ratio 1"
-            rule = "" if load.pruned else ", pruner=TrimmedLlama(1.0)"
+            pruner = "" if load.pruner else " --k-ratio 1"
+            rule = "" if load.pruner else ", pruner=TrimmedLlama(1.0)"
             yield f"--visual-budget {kept}{pruner} (visual_budget={kept}{rule})"
         tiles = max((math.prod(grid) for p in load.prompts for grid in p.grids), default=1)
         fewer = search(lambda n: _with_tiles(load, n), tiles)
@@ -236,6 +239,7 @@ def largest_settings(
 
     first = load.prompts[0]
     tokens = replace(load, visual_budget=None).cache_sizes(config)["visual_capacity"]
+    pruned = replace(load, pruner=load.pruner or Traits())
     return {
         "batch": search(lambda n: replace(load, prompts=(first,) * n, slots=n), 1, MOST_PROMPTS),
         "images": search(lambda n: _with_images(load, config, n), 1, MOST_IMAGES),
@@ -244,7 +248,7 @@ def largest_settings(
             max(len(prompt.grids) for prompt in load.prompts) + 2,
             config.text.max_position_embeddings,
         ),
-        "visual_budget": search(lambda n: replace(load, pruned=True, visual_budget=n), 1, tokens),
+        "visual_budget": search(lambda n: replace(pruned, visual_budget=n), 1, tokens),
         "instead": instead_of(config, dtype, room),
     }
 

@@ -6,7 +6,7 @@ while a `Tracker` counts what is alive: so the plan cannot fall behind the code.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llama_vision.cache.kv import Cache
 from llama_vision.cache.pruning import reads_only
-from llama_vision.cache.rules import best_ranks
+from llama_vision.cache.rule import best_ranks
 from llama_vision.cache.visual_tokens import VisualTokens
 from llama_vision.checkpoint.devices import choose_dtype, parse_device
 from llama_vision.checkpoint.hub import load_config
@@ -223,9 +223,12 @@ class _Simulation:
         self.peaks[name] = max(self.peaks.get(name, 0), self.tracker.peak - self.stays)
 
     def note_kept(self, prompts: Sequence[PromptSize]) -> None:
-        """Hold what requests do whose prompts were run, on the host: which tokens were kept."""
+        """Hold what requests do whose prompts were run, on the host: which tokens were kept, or
+        who stands for each."""
         tokens = sum(sum(prompt.groups(self.model.config)) for prompt in prompts)
         self.kept = torch.ones(tokens, dtype=torch.bool)
+        merged = self.workload.pruner is not None and self.workload.pruner.merge
+        self.stands = torch.arange(tokens) if merged else None
 
     def prefill(self, prompt: PromptSize) -> None:
         """Run a prompt in the first slot."""
@@ -245,10 +248,11 @@ class _Simulation:
         )
 
     def _pruner(self) -> "_KeepMost | None":
-        if not self.workload.pruned:
+        traits = self.workload.pruner
+        if traits is None:
             return None
-        kind = _KeepMostOfCopies if self.workload.needs_copies else _KeepMost
-        return kind(self.workload.trim_first_layer, self.workload.merged)
+        kind = _KeepMostOfCopies if traits.needs_copies else _KeepMost
+        return kind(traits.trim_first_layer, traits.merge, traits.needs_text, traits.rehearse)
 
     def decode(self) -> Tensor:
         """The last step that there is room for: the first slot is full, so that masks are large.
@@ -273,15 +277,20 @@ class _Simulation:
 @reads_only
 @dataclass(frozen=True)
 class _KeepMost:
-    """A pruner that keeps as much as it may, and takes the room that ranking takes."""
+    """A pruner that keeps as much as it may, and takes the room that another one takes."""
 
     trim_first_layer: bool
     merge: bool
+    needs_text: bool
+    rehearse: Callable[..., None] | None
 
-    def __call__(self, saliency: Tensor, visual: VisualTokens) -> Tensor:
-        best_ranks(saliency)
+    def __call__(self, saliency: Tensor | None, visual: VisualTokens) -> Tensor:
         tokens = len(visual.image)
         budget = tokens if visual.budget is None else visual.budget
+        if self.rehearse is not None:
+            self.rehearse(saliency, visual, budget)
+        elif saliency is not None:
+            best_ranks(saliency)
         order = torch.arange(tokens, device="cpu")
         return order.clamp(max=budget - 1) if self.merge else order < budget
 
