@@ -1,0 +1,1 @@
+"""Benchmarks with fewer visual tokens: what `tools/evaluate.py` runs."""
