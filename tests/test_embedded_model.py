@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools" / "pico"))
 
-from evaluate import answer
+from recipe.answers import answer
 from recipe.exam import make_exam
 
 from llama_vision import LlamaVision

@@ -3,7 +3,6 @@
 import sys
 from dataclasses import replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 from random import Random
 
@@ -16,12 +15,12 @@ from torch.nn.utils.rnn import pad_sequence
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools" / "pico"))
 
 import train
-from evaluate import KEPT, RULES, answer, compare_rules, paired_difference
 from recipe import training
+from recipe.answers import answer
 from recipe.batches import Pages, Quizzes, Rows
 from recipe.chat import Chat, Message, train_tokenizer
 from recipe.drawing import CHARACTERS, IGNORED, LABELS, draw, label_patches
-from recipe.exam import guess, make_exam, tally, wilson
+from recipe.exam import make_exam
 from recipe.export import export
 from recipe.forward import hidden_states
 from recipe.model import Seer, Student, model_config, vision_config, widen
@@ -327,33 +326,7 @@ def test_the_whole_recipe_ends_in_a_checkpoint_that_answers(tmp_path):
     assert items == make_exam(4, 2, minimal=True)
     answers = answer(model, items, items, batch=3)
     assert answers == [answer(model, [item], [item], batch=1)[0] for item in items]
-    rows = compare_rules(model, items, answers, batch=8)
-    assert [(row["kept"], row["rule"]) for row in rows] == list(product(KEPT, RULES))
-
-
-def test_a_paired_difference_is_of_the_same_questions():
-    difference, spread = paired_difference([True, True, False, True], [True, False, False, False])
-    assert difference == 0.5
-    assert spread == pytest.approx(1.96 * (1 / 3) ** 0.5 / 2)
 
 
 def test_unseen_families_are_not_trained():
     assert not set(UNSEEN_FAMILIES) & set(TRAINED_FAMILIES)
-
-
-def test_the_first_pictures_of_the_exam_do_not_hang_on_how_many_there_are():
-    assert make_exam(10, minimal=True)[:5] == make_exam(5, minimal=True)[:5]
-
-
-def test_tally_and_guess():
-    items = make_exam(20, minimal=True)
-    right = [item.question.answer for item in items]
-    assert tally(items, right)["overall"] == (len(items), len(items))
-    assert tally(items, [""] * len(items))["overall"] == (0, len(items))
-    assert guess(items[0].question, minimal=True)
-
-
-def test_wilson_interval():
-    """Against the values of R's prop.test(correct = FALSE), whose z has more digits."""
-    assert wilson(8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-5)
-    assert wilson(0, 10) == pytest.approx((0, 0.2775328), abs=1e-4)

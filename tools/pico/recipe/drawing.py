@@ -7,8 +7,8 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from recipe.scenes import SHAPES, Box, Canvas, Glyph, Scene, Shape, center, glyphs_of
-from recipe.sources import COLORS
+from recipe.scenes import SHAPES, Box, Canvas, Crop, Glyph, Scene, Shape, center, glyphs_of
+from recipe.sources import COLORS, photograph
 
 CHARACTERS = "".join(chr(code) for code in range(33, 127))
 
@@ -39,9 +39,11 @@ IGNORED = -100
 def draw(scene: Scene) -> Image.Image:
     """The picture, RGB."""
     image = _paper(scene)
+    pen = ImageDraw.Draw(image)
+    for box, rgb in scene.plates:
+        pen.rectangle(box, rgb)
     for shape in scene.shapes:
         _draw_shape(image, shape)
-    pen = ImageDraw.Draw(image)
     for line in scene.lines:
         pen.text(line.origin, line.text, line.rgb, line.face.at(line.size), anchor="ls")
     return _worn(image, scene)
@@ -55,10 +57,23 @@ def _worn(image: Image.Image, scene: Scene) -> Image.Image:
         file = io.BytesIO()
         image.save(file, "JPEG", quality=scene.quality)
         image = Image.open(file).convert("RGB")
+    if scene.noise:
+        rng = np.random.default_rng(scene.noise_seed)
+        draws = rng.normal(0, scene.noise, (*scene.size[::-1], 3))
+        noisy = np.rint(np.asarray(image) + draws).clip(0, 255)
+        image = Image.fromarray(noisy.astype(np.uint8))
     return image
 
 
+def cut(crop: Crop, size: tuple[int, int]) -> Image.Image:
+    """Part of a photograph, at a size, RGB."""
+    image = photograph(crop.photograph).resize(size, Image.Resampling.LANCZOS, crop.box)
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if crop.mirrored else image
+
+
 def _paper(scene: Scene) -> Image.Image:
+    if scene.photo is not None:
+        return cut(scene.photo, scene.size)
     background = scene.background
     if background.rgb == background.end:
         return Image.new("RGB", scene.size, background.rgb)

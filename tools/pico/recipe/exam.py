@@ -37,13 +37,19 @@ class Item:
         return rows * cols
 
 
-def make_exam(pictures: int = 1000, questions: int = 3, *, minimal: bool = False) -> list[Item]:
-    """The first `pictures` pictures with up to `questions` questions each, of different types."""
+def make_exam(
+    pictures: int = 1000, questions: int = 3, *, first: int = 0, minimal: bool = False
+) -> list[Item]:
+    """So many pictures from number `first` on, with up to `questions` questions each.
+
+    The questions about a picture are of different types. Which pictures there are besides changes
+    nothing; how many questions are asked of each does.
+    """
     sources = {"trained": Sources.trained, "unseen fonts": Sources.with_unseen_fonts}
     sources["unseen words"] = Sources.with_unseen_words
     made = {part: Sources.minimal() if minimal else make() for part, make in sources.items()}
     items = []
-    for number in range(pictures):
+    for number in range(first, first + pictures):
         rng = Random(f"exam/{number}")
         part = PARTS[number % len(PARTS)]
         tiles = rng.choices(list(TILES), list(TILES.values()))[0]

@@ -42,7 +42,7 @@ def hidden_states(
         for block in blocks:
             projected = block.cross_attn.project(features.flatten(1, 2))  # [N, K, t · P, d]
             keys, values = (x[shown].transpose(1, 2).flatten(2, 3) for x in projected)
-            visual.append(VisualContext(keys, values, mask, sees))
+            visual.append(VisualContext(keys, values, mask=mask, sees=sees))
     return text(ids, TextContext(*rotary_angles(frequencies, positions)), visual)
 
 

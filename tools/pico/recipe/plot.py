@@ -1,7 +1,10 @@
-"""The curves of a run, from its table."""
+"""Curves: of a training run, from its table, and of answers with fewer visual tokens."""
 
 import csv
 from pathlib import Path
+from typing import Any
+
+from PIL import Image
 
 
 def plot(table: Path, picture: Path) -> None:
@@ -34,3 +37,40 @@ def plot(table: Path, picture: Path) -> None:
         panel.legend(fontsize="small")
     figure.savefig(picture, dpi=100)
     pyplot.close(figure)
+
+
+def plot_trimming(rows: list[dict[str, Any]], picture: Path) -> None:
+    """What each rule loses at each share of tokens, see `trimming.compare_rules`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panel = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    rules = list(dict.fromkeys(row["rule"] for row in rows))
+    for number, rule in enumerate(rules):
+        own = sorted((row for row in rows if row["rule"] == rule), key=lambda row: row["kept"])
+        merged = rule.endswith("merged")
+        panel.errorbar(
+            [100 * row["tokens"] for row in own],
+            [100 * row["difference"] for row in own],
+            [100 * row["interval"] for row in own],
+            label=rule,
+            color=f"C{number}",
+            linestyle="-" if merged else "--",
+            marker="o" if merged else "s",
+            markersize=4,
+            linewidth=1.4,
+            capsize=2,
+        )
+    panel.axhline(0, color="gray", linewidth=0.8)
+    panel.set(
+        xlabel="visual tokens kept, %",
+        ylabel="change of exact answers, points (95 % intervals)",
+        title="pico, drawn pictures: fewer visual tokens",
+    )
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize="small")
+    figure.savefig(picture, dpi=90)
+    pyplot.close(figure)
+    Image.open(picture).convert("RGB").quantize(64).save(picture, optimize=True)

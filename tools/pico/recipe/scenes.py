@@ -67,6 +67,17 @@ class Background:
 
 
 @dataclass(frozen=True)
+class Crop:
+    """Part of a photograph, to lie under a scene."""
+
+    photograph: str
+    """A name of `sources.PHOTOGRAPHS`."""
+    box: tuple[int, int, int, int]
+    """Left, top, right and bottom, in pixels of the photograph."""
+    mirrored: bool
+
+
+@dataclass(frozen=True)
 class Canvas:
     """Where a picture lands on the model's tiles."""
 
@@ -102,6 +113,13 @@ class Scene:
     """Radius, in picture pixels."""
     quality: int | None = None
     """Of a JPEG that the picture went through; None: it did not."""
+    photo: Crop | None = None
+    """What lies there instead of the background's colour."""
+    plates: list[tuple[Box, RGB]] = field(default_factory=list)
+    """Rectangles to print on, as signs have them; they are no shapes to ask about."""
+    noise: float = 0.0
+    """Standard deviation of the noise of each pixel's colours, which go from 0 to 255."""
+    noise_seed: int = 0
 
     @property
     def zoom(self) -> float:

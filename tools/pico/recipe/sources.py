@@ -3,6 +3,7 @@
 Fonts come from the `fontpkg-*` packages (Open Font Licence) and from matplotlib (DejaVu), words
 from `mnemonic` (MIT) and `xkcdpass` (the EFF's list, CC BY). `requirements.txt` above this folder
 pins them. Eight families and a tenth of the words never appear in training; the exam uses them.
+Photographs, for one set of questions only, come from `scikit-image`; no training sees them.
 """
 
 import colorsys
@@ -13,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from random import Random
 
-from PIL import ImageFont
+from PIL import Image, ImageFont
 
 # fmt: off
 TRAINED_FAMILIES = (
@@ -118,12 +119,16 @@ class Sources:
         return cls((Face(None),), FEW_WORDS)
 
 
-def _package(name: str) -> Path:
+def _package(name: str, wanted: str = "-r tools/pico/requirements.txt") -> Path:
+    """Where an installed package lies; it is not imported.
+
+    Args:
+        wanted: what has pip install it.
+    """
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
-            f"the package {name.replace('_', '-')} is not installed; "
-            "run: pip install -r tools/pico/requirements.txt"
+            f"the package {name.replace('_', '-')} is not installed; run: pip install {wanted}"
         )
     return Path(spec.submodule_search_locations[0])
 
@@ -212,3 +217,25 @@ def contrast(a: RGB, b: RGB) -> float:
     return (
         sum(w * ((p - q) / 255) ** 2 for w, p, q in zip((0.3, 0.5, 0.2), a, b, strict=True)) ** 0.5
     )
+
+
+PHOTOGRAPHS = {
+    "camera.png": "CC0 by Lav Varshney",
+    "chelsea.png": "CC0 by Stefan van der Walt",
+    "coffee.png": "CC0 by Rachel Michetti",
+    "grass.png": "CC0, texture by linolafett",
+    "gravel.png": "CC0, Gravel04 of CC0Textures",
+    "hubble_deep_field.jpg": "public domain, NASA",
+    "rocket.jpg": "public domain, SpaceX",
+}
+"""Photographs that lie in the wheel of scikit-image, and their licences as its documentation has
+them. Left out: those that hold text (astronaut, motorcycle, page), plain shapes (brick, coins,
+retina) or no word about a licence (moon)."""
+
+
+@lru_cache(maxsize=len(PHOTOGRAPHS))
+def photograph(name: str) -> Image.Image:
+    """One of `PHOTOGRAPHS`, RGB."""
+    return Image.open(
+        _package("skimage", "--no-deps -r tools/pico/photographs.txt") / "data" / name
+    ).convert("RGB")
