@@ -2,9 +2,9 @@
 
     python tools/bench/measure_pruning.py [340m] [--batch 16] [--tiles 4] [--keep 0.5]
 
-Choosing, joining and merging are timed beside the encoding of the same image. Steps of decoding with
-all tokens, with some trimmed, and with the same number merged run in turns in one process. Random
-weights: values change no time. The last line is JSON.
+Choosing, joining and merging are timed beside the encoding of the same image. Steps of decoding
+with all tokens, with some trimmed, and with the same number merged run in turns in one process.
+Random weights: values change no time. The last line is JSON.
 """
 
 import argparse
