@@ -59,7 +59,7 @@ OF_A_REQUEST: dict[str, Rule] = {
     "prefill_chunk": whole(1),
 }
 OF_A_RUN: dict[str, Rule] = {
-    "slots": whole(1, none=True),
+    "slots": unless_refused(whole(1, none=True)),
     "compiled": flag,
     "graphs": flag,
     "track_memory": flag,
