@@ -225,11 +225,8 @@ class LlamaVision:
         **settings: Any,
     ) -> Workload:
         """The sizes of the run that `start` would make of the same; no picture is cut up."""
-        asked, config, prompts = (
-            Settings().but(**settings),
-            self.config,
-            read_prompts(prompts, self.prompt),
-        )
+        asked, config = Settings().but(**settings), self.config
+        prompts = read_prompts(prompts, self.prompt)
         asked.of_samples(len(prompts), seed)
         if slots is not None:
             check("slots", slots, SLOTS)

@@ -54,6 +54,11 @@ def _brief(most: int) -> reprlib.Repr:
     return brief
 
 
+def name_of(function: object) -> str:
+    """The name of what can be called: a function's own, or that of an object's class."""
+    return printable(getattr(function, "__name__", type(function).__name__))
+
+
 def some(names: list[str], most: int = 3) -> str:
     """The first of them, for a message, and how many more there are."""
     shown = ", ".join(printable(name) for name in names[:most])

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from stub_hub import REPO, StubHub
 
 from llama_vision import Engine, LlamaVisionError, Prompt
-from llama_vision.cli.arguments import PRUNERS
+from llama_vision.cache.rules import COUNTED_RULES
 from llama_vision.cli.main import EXIT_INTERRUPTED, main
 from llama_vision.cli.terminal import run_command
 from llama_vision.errors import LONGEST_MESSAGE
@@ -251,7 +251,7 @@ def test_an_option_that_changes_no_answer(capsys, option):
     "rule",
     [
         *("--k-ratio 0.1", "--k-ratio 1 --visual-budget 7", "--pruner random --keep 9 --seed 3"),
-        *(f"--pruner {name} --keep 0.5" for name in PRUNERS),
+        *(f"--pruner {name} --keep 0.5" for name in COUNTED_RULES),
         *("--keep 0.5", "--keep 9", "--pruner uniform --keep 0.3 --merge", "--k-ratio 0.2 --merge"),
     ],
 )

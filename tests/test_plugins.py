@@ -17,9 +17,10 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools" / "plugins"))
 
 from llama_vision_plugins import lmms_eval_manifest
-from llama_vision_plugins.settings import RULES, PluginError, pictures_first, rule_of
+from llama_vision_plugins.settings import PluginError, pictures_first, rule_of
 
 from llama_vision import LlamaVision, LlamaVisionError, MaxMin, Prompt, TrimmedLlama
+from llama_vision.cache.rules import COUNTED_RULES
 from llama_vision.checkpoint.hub import EMBEDDED_MODEL
 
 PLUGINS = Path(__file__).parents[1] / "tools" / "plugins"
@@ -225,7 +226,7 @@ def test_rules():
     assert rule_of(k_ratio=0.5) == TrimmedLlama(0.5)
     assert rule_of(keep=0.5) == MaxMin(0.5, merge=True)
     assert rule_of(keep=8, merge=False) == MaxMin(8)
-    for name, rule in RULES.items():
+    for name, rule in COUNTED_RULES.items():
         assert rule_of(keep=0.5, pruner=name) == rule(0.5)
         assert rule_of(keep=0.5, pruner=name, merge=True) == rule(0.5, merge=True)
 

@@ -1,8 +1,8 @@
 """The pruning hook: what a pruner is shown, and what it may answer. `rules` has those that ship.
 
-After the first cross-attention block over a group of images a pruner is asked once which of their
-visual tokens to keep. Later cross-attention blocks project keys and values of those only, the cache
-holds only those, and decoding reads only those.
+Once for each group of images, after the first cross-attention block over it or before the prompt
+runs, a pruner is asked which of their visual tokens to keep. Later cross-attention blocks project
+keys and values of those only, the cache holds only those, and decoding reads only those.
 
 A pruner is any callable that fits `Pruner`. It may also have the attributes of `rule.Rule`.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llama_vision.cache.visual_tokens import VisualTokens
-from llama_vision.errors import LlamaVisionError, printable, quote
+from llama_vision.errors import LlamaVisionError, name_of, quote
 from llama_vision.values import Choice, Flag, Function, check
 
 Votes = Literal["all", "after", "last"]
@@ -112,11 +112,11 @@ def check_options(pruner: Pruner) -> None:
     flags = [(name, Flag()) for name in ("trim_first_layer", "merge", "needs_text")]
     for name, kind in (("votes", VOTES), *flags):
         if hasattr(pruner, name):
-            of = f"{name} of pruner {_name(pruner)}"
+            of = f"{name} of pruner {name_of(pruner)}"
             check(of, getattr(pruner, name), kind, error=PruningError)
     if getattr(pruner, "merge", False) and not getattr(pruner, "trim_first_layer", True):
         raise PruningError(
-            f"pruner {_name(pruner)} merges and leaves the first layer whole; expected "
+            f"pruner {name_of(pruner)} merges and leaves the first layer whole; expected "
             "trim_first_layer=True, or merge=False"
         )
 
@@ -136,12 +136,8 @@ def ask(pruner: Pruner, saliency: Tensor | None, visual: VisualTokens) -> Kept:
         raise
     except Exception as error:
         raise PruningError(
-            f"pruner {_name(pruner)} raised {type(error).__name__}: {error}"
+            f"pruner {name_of(pruner)} raised {type(error).__name__}: {error}"
         ) from error
-
-
-def _name(pruner: Pruner) -> str:
-    return printable(getattr(pruner, "__name__", type(pruner).__name__))
 
 
 def read_answer(answer: Tensor, pruner: Pruner, visual: VisualTokens) -> Kept:
@@ -151,7 +147,7 @@ def read_answer(answer: Tensor, pruner: Pruner, visual: VisualTokens) -> Kept:
         PruningError: it is no bool tensor [V] and no assignment, keeps nothing, or exceeds the
             budget.
     """
-    name, tokens = _name(pruner), len(visual.image)
+    name, tokens = name_of(pruner), len(visual.image)
     merges = traits_of(pruner).merge
     types = (torch.bool, torch.int64) if merges else (torch.bool,)
     is_tensor = isinstance(answer, Tensor) and answer.dtype in types and not answer.is_meta

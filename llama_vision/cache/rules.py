@@ -162,3 +162,15 @@ class MaxMin(Counted):
         super().rehearse(saliency, visual, count)
         visual.features.isfinite()
         most_different(visual, min(count, 2 * len(visual.grids)), visual.is_class)
+
+
+COUNTED_RULES: dict[str, type[Counted]] = {
+    "max-min": MaxMin,
+    "feature-norm": FeatureNorm,
+    "top-k": TopK,
+    "last-query": LastQuery,
+    "key-norm": KeyNorm,
+    "uniform": UniformGrid,
+    "random": RandomTokens,
+}
+"""Rules that are told how many tokens to keep, by the names that users give."""

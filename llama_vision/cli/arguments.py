@@ -7,33 +7,14 @@ from typing import IO, Any, NoReturn
 
 from llama_vision.cache.pruning import Pruner, PruningError
 from llama_vision.cache.rule import Rule
-from llama_vision.cache.rules import (
-    FeatureNorm,
-    KeyNorm,
-    LastQuery,
-    MaxMin,
-    RandomTokens,
-    TopK,
-    TrimmedLlama,
-    UniformGrid,
-)
+from llama_vision.cache.rules import COUNTED_RULES, MaxMin, TrimmedLlama
 from llama_vision.checkpoint.hub import EMBEDDED_MODEL
 from llama_vision.cli.terminal import write
 from llama_vision.engine.settings import Settings
 from llama_vision.engine.workload import PREFILL_CHUNK
 from llama_vision.errors import LlamaVisionError, quote
 
-PRUNERS = {
-    "max-min": MaxMin,
-    "feature-norm": FeatureNorm,
-    "top-k": TopK,
-    "last-query": LastQuery,
-    "key-norm": KeyNorm,
-    "uniform": UniformGrid,
-    "random": RandomTokens,
-}
-
-SHOWN_RULES = {"trimmed": TrimmedLlama, **PRUNERS}
+SHOWN_RULES = {"trimmed": TrimmedLlama, **COUNTED_RULES}
 
 
 class UsageError(LlamaVisionError):
@@ -151,7 +132,7 @@ def _add_pruning(group: Group) -> None:
         help="visual tokens to keep, 0.5 for half or 800 for a count: those that differ most "
         "(max-min), with the others merged into them, unless --pruner names another rule",
     )
-    add("--pruner", choices=PRUNERS, help="another rule for --keep; it drops the others")
+    add("--pruner", choices=COUNTED_RULES, help="another rule for --keep; it drops the others")
     add(
         "--k-ratio",
         type=real,
@@ -287,7 +268,7 @@ def build_pruner(options: argparse.Namespace) -> Pruner | None:
     if options.pruner is None:
         return MaxMin(options.keep, merge=True)
     seed = {"seed": options.seed or 0} if options.pruner == "random" else {}
-    return PRUNERS[options.pruner](options.keep, merge=options.merge, **seed)
+    return COUNTED_RULES[options.pruner](options.keep, merge=options.merge, **seed)
 
 
 def _with_dashes(argument: str) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor
 from llama_vision.engine.request import Chosen, Request, TokenLogprob
 from llama_vision.engine.sampling import sample
 from llama_vision.engine.settings import LogitsProcessor
-from llama_vision.errors import LlamaVisionError, printable, quote
+from llama_vision.errors import LlamaVisionError, name_of, quote
 from llama_vision.model.model import LlamaVisionModel
 
 
@@ -107,7 +107,7 @@ def process(logits: Tensor, processor: LogitsProcessor) -> Tensor:
     Raises:
         LogitsError: it fails, or its answer cannot be drawn from.
     """
-    name = printable(getattr(processor, "__name__", type(processor).__name__))
+    name = name_of(processor)
     try:
         answer = processor(logits.clone())
     except Exception as error:

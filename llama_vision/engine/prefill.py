@@ -64,7 +64,6 @@ def prefill(
         first_group: number of the first group among those of the conversation.
         chunk: most rows that go through a block at once, which changes no result.
         every_chunk: False runs the first and last of many only, which is enough for a plan.
-
     """
     cache.text.check_room(slot, len(token_ids))
     image_id, images = model.config.text.image_token_id, iter(images)

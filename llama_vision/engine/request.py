@@ -151,7 +151,8 @@ class Request:
     def check_budgets(self, store: VisualStore, budgets: Sequence[float | int]) -> None:
         """Raise PruningError where its images need more than a store or one of the budgets has."""
         pruner, need = self.settings.pruner, self.size.decoded(self.config)
-        whole = pruner is not None and not getattr(pruner, "trim_first_layer", True)
+        traits = None if pruner is None else traits_of(pruner)
+        whole = traits is not None and not traits.trim_first_layer
         if whole and store.fixed and need > store.capacities[0]:
             raise PruningError(
                 f"the pruner leaves the first cross-attention layer whole, which needs {need} "
@@ -159,7 +160,6 @@ class Request:
                 "prune with trim_first_layer=True"
             )
         for budget in (self.settings.visual_budget, *budgets):
-            traits = None if pruner is None else traits_of(pruner)
             load = Workload((self.size,), 1, 1, pruner=traits, visual_budget=budget)
             load.check_budget(self.config)
 

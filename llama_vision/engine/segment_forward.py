@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llama_vision.cache.kv import Cache
 from llama_vision.cache.merging import merge
-from llama_vision.cache.pruning import Pruner, ask, traits_of
+from llama_vision.cache.pruning import Pruner, Votes, ask, traits_of
 from llama_vision.cache.visual_tokens import VisualTokens
 from llama_vision.engine.encode import TOKENS_AT_ONCE
 from llama_vision.engine.segments import Segment
@@ -40,6 +40,21 @@ def row_chunks(rows: range, most: int, held: int | None = None) -> list[slice]:
         chunks.append(slice(start, min(start + most, rows.stop)))
         start += most
     return chunks
+
+
+def voting(votes: Votes, rows: slice, segment: Segment) -> Tensor:
+    """1 for each of some rows of a segment whose attention counts, else 0: [1, c], float32.
+
+    See `rule.Rule.votes`.
+    """
+    row = torch.arange(rows.start, rows.stop)
+    if votes == "last":
+        counted = row == len(segment.rows) - 1
+    elif votes == "after":
+        counted = row >= segment.image_rows.stop
+    else:
+        counted = torch.ones_like(row)
+    return counted[None].float()
 
 
 class SegmentForward:
@@ -141,7 +156,8 @@ class SegmentForward:
             if visible is not None:
                 context.mask, context.sees = visible_prefix(visible, keys.shape[2])
             if self.pruner is not None and self.traits.needs_text:
-                context.votes = self._votes(rows).to(h.device)
+                votes = getattr(self.pruner, "votes", "all")
+                context.votes = voting(votes, rows, self.segment).to(h.device)
             h[:, rows] = block(h[:, rows], context)
             if saliency is None:
                 saliency = context.saliency
@@ -185,17 +201,6 @@ class SegmentForward:
         if layer == len(store.keys) - 1 and self.pruner is None:
             self.group.features = features.new_empty(0)  # nothing reads them again
         return keys, values
-
-    def _votes(self, rows: slice) -> Tensor:
-        """1 for each of the rows whose attention counts in the saliency, else 0: [1, c]."""
-        votes, row = getattr(self.pruner, "votes", "all"), torch.arange(rows.start, rows.stop)
-        if votes == "last":
-            counted = row == len(self.segment.rows) - 1
-        elif votes == "after":
-            counted = row >= self.segment.image_rows.stop
-        else:
-            counted = torch.ones_like(row)
-        return counted[None].float()
 
     def _choose(self, saliency: Tensor | None) -> Tensor:
         """Ask the pruner, and go on with the tokens that it keeps; their indices in the group."""

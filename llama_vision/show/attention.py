@@ -16,7 +16,7 @@ from llama_vision.cache.kv import Cache
 from llama_vision.cache.pruning import Votes
 from llama_vision.cache.visual_tokens import VisualTokens
 from llama_vision.engine.encode import encode_group
-from llama_vision.engine.segment_forward import SegmentForward
+from llama_vision.engine.segment_forward import SegmentForward, voting
 from llama_vision.engine.segments import Segment, cut_into_segments
 from llama_vision.inputs.image import TiledImage
 from llama_vision.model.layers import attention_with_saliency, split_heads
@@ -77,21 +77,6 @@ def look(
     return seen
 
 
-def voting(votes: Votes, rows: range, segment: Segment) -> Tensor:
-    """1 for each of some rows of a segment whose attention counts, else 0: [1, S], float32.
-
-    As in `SegmentForward`; see `rules.Rule.votes`.
-    """
-    row = torch.arange(rows.start, rows.stop)
-    if votes == "last":
-        counted = row == len(segment.rows) - 1
-    elif votes == "after":
-        counted = row >= segment.image_rows.stop
-    else:
-        counted = torch.ones_like(row)
-    return counted[None].float()
-
-
 class _Watch:
     """A hook on one block's cross-attention, which sees the segment's rows chunk after chunk."""
 
@@ -103,7 +88,7 @@ class _Watch:
 
     def __call__(self, attention: nn.Module, args: tuple[Tensor, VisualContext], _: Tensor) -> None:
         x, visual = args
-        rows = range(self.next, self.next + x.shape[1])
+        rows = slice(self.next, self.next + x.shape[1])
         self.next = rows.stop
         self.keys = visual.keys[0].clone()
         q = attention.q_norm(split_heads(attention.q_proj(x), attention.heads))

@@ -9,32 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llama_vision import (
-    FeatureNorm,
-    KeyNorm,
-    LastQuery,
-    MaxMin,
-    Pruner,
-    RandomTokens,
-    TopK,
-    TrimmedLlama,
-    UniformGrid,
-)
+from llama_vision import Pruner, TrimmedLlama
+from llama_vision.cache.rules import COUNTED_RULES
 from llama_vision.errors import SettingError, quote
 
-COUNTED = {
-    "max-min": MaxMin,
-    "feature-norm": FeatureNorm,
-    "uniform": UniformGrid,
-    "random": RandomTokens,
-    "top-k": TopK,
-    "last-query": LastQuery,
-    "key-norm": KeyNorm,
-}
 TRIMMED = {"trimmed": "all", "trimmed-last": "last"}
 """Trimmed Llama, and which rows of the text vote."""
 MERGED = "+merge"
-NAMES = (*TRIMMED, *COUNTED)
+NAMES = (*TRIMMED, *COUNTED_RULES)
 
 
 @dataclass(frozen=True)
@@ -85,7 +67,7 @@ class Arm:
         rule = self.rule.removesuffix(MERGED)
         if rule in TRIMMED:
             return TrimmedLlama(1.0, votes=TRIMMED[rule], merge=self.merge)
-        return COUNTED[rule](keep=[count], merge=self.merge)
+        return COUNTED_RULES[rule](keep=[count], merge=self.merge)
 
 
 def make_arms(rules: Sequence[str], *, shares: Sequence[float], k_ratios: Sequence[float]) -> list:

@@ -88,12 +88,7 @@ def run_command(arguments: list[str], out: _Stream | None = None) -> None:
         WrongResult: another exit code than 0 or 2, or lines on stderr that are none of its own.
     """
     out = out or _Stream()
-    error = _Stream(errors="backslashreplace", write_through=True)
-    with redirect_stdout(out), redirect_stderr(error):
-        try:
-            code = main(arguments)
-        except SystemExit as stop:
-            code = stop.code
+    code, error = _main(arguments, out)
     lines = error.text().split("\n")
     for line in lines:
         faults = faults_of_message(line) if line else []
@@ -109,6 +104,16 @@ def run_command(arguments: list[str], out: _Stream | None = None) -> None:
         raise Refused
     if "--json" in arguments:
         json.loads(out.text().rstrip("\n").rpartition("\n")[2], parse_constant=_no_constant)
+
+
+def _main(arguments: list[str], out: io.TextIOBase) -> tuple[Any, "_Stream"]:
+    """The exit code of the command, and what it wrote to stderr."""
+    error = _Stream(errors="backslashreplace", write_through=True)
+    with redirect_stdout(out), redirect_stderr(error):
+        try:
+            return main(arguments), error
+        except SystemExit as stop:
+            return stop.code, error
 
 
 def _no_constant(name: str) -> None:
@@ -142,12 +147,7 @@ class _Broken(io.RawIOBase):
 
 def _to(error: OSError) -> None:
     out = _Stream(_Broken(error), write_through=True)
-    stream = _Stream(errors="backslashreplace", write_through=True)
-    with redirect_stdout(out), redirect_stderr(stream):
-        try:
-            code = main(ASK)
-        except SystemExit as stop:
-            code = stop.code
+    code, stream = _main(ASK, out)
     with suppress(OSError, ValueError):
         out.detach()
     lines = [line for line in stream.text().split("\n") if line]

@@ -3,29 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from llama_vision import (
-    FeatureNorm,
-    KeyNorm,
-    LastQuery,
-    LlamaVisionError,
-    MaxMin,
-    Pruner,
-    RandomTokens,
-    TopK,
-    TrimmedLlama,
-    UniformGrid,
-)
+from llama_vision import LlamaVisionError, Pruner, TrimmedLlama
+from llama_vision.cache.rules import COUNTED_RULES
 from llama_vision.values import Choice, check
-
-RULES = {
-    "max-min": MaxMin,
-    "feature-norm": FeatureNorm,
-    "uniform": UniformGrid,
-    "random": RandomTokens,
-    "top-k": TopK,
-    "last-query": LastQuery,
-    "key-norm": KeyNorm,
-}
 
 
 class PluginError(LlamaVisionError):
@@ -43,7 +23,7 @@ def rule_of(
     Args:
         k_ratio: Trimmed Llama with this ratio.
         keep: or a share of the visual tokens, or a count.
-        pruner: by which of `RULES`; None for max-min.
+        pruner: by which of `COUNTED_RULES`; None for max-min.
         merge: merge the tokens that are not kept; None for max-min alone.
 
     Raises:
@@ -57,7 +37,8 @@ def rule_of(
         if pruner is not None or merge:
             raise PluginError("pruner and merge need a keep, such as keep=0.5; give one")
         return None
-    rule = RULES[check("pruner", pruner or "max-min", Choice(tuple(RULES)), error=PluginError)]
+    names = Choice(tuple(COUNTED_RULES))
+    rule = COUNTED_RULES[check("pruner", pruner or "max-min", names, error=PluginError)]
     return rule(keep, merge=pruner is None if merge is None else merge)
 
 
