@@ -1,6 +1,7 @@
 """The face that people use: a loaded checkpoint that answers."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,15 @@ from torch import Tensor
 
 from llama_vision.cache.kv import Cache
 from llama_vision.cache.pruning import Pruner, traits_of
+from llama_vision.checkpoint.adapter import Adapter, find_adapter, read_adapter
 from llama_vision.checkpoint.config_json import read_config
-from llama_vision.checkpoint.devices import choose_device, choose_dtype
+from llama_vision.checkpoint.devices import choose_device
+from llama_vision.checkpoint.files import CheckpointError
 from llama_vision.checkpoint.generation_json import read_generation_config
 from llama_vision.checkpoint.hub import find_checkpoint
-from llama_vision.checkpoint.loading import load_model
+from llama_vision.checkpoint.loading import find_weights, full_shapes, load_model
+from llama_vision.checkpoint.resolve import conversion, resolve
+from llama_vision.config import divided
 from llama_vision.engine.choose import not_finite
 from llama_vision.engine.engine import Engine
 from llama_vision.engine.prefill import prefill
@@ -32,6 +37,8 @@ from llama_vision.memory.fit import Room, check_before_download, check_weights_f
 from llama_vision.memory.ledger import Ledger
 from llama_vision.memory.plan import MemoryPlan, plan_run
 from llama_vision.model.model import LlamaVisionModel, model_without_weights
+from llama_vision.model.quantized import check_device
+from llama_vision.quantization import Quantization
 from llama_vision.values import Flag, check, check_flags
 
 
@@ -55,6 +62,9 @@ class LlamaVision:
         self.stop_ids = frozenset(self.config.text.eos_token_ids if stop_ids is None else stop_ids)
         if tokenizer is not None:  # a turn ends there, whatever the checkpoint's files leave out
             self.stop_ids |= {tokenizer.special_ids[name] for name in ("<|eot_id|>", "<|eom_id|>")}
+        self.adapter: Adapter | None = None
+        self.conversion = ""
+        """What was made of a quantised copy, for people."""
         self.unsupported_settings: tuple[str, ...] = ()
         """What generation_config.json asks for beside that, by name: it is left out."""
 
@@ -65,6 +75,8 @@ class LlamaVision:
         *,
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
+        quantize: str | Quantization | None = None,
+        adapter: str | Path | None = None,
         force: bool = False,
     ) -> "LlamaVision":
         """Load a checkpoint in the official layout.
@@ -73,6 +85,10 @@ class LlamaVision:
             source: a directory, or a repository id (looked for in the local cache first).
             device: "auto" (CUDA, then MPS, then CPU) or a torch device.
             dtype: "auto" (the checkpoint's own), "bfloat16", "float16" or "float32".
+            quantize: keep the decoder's matrices as "int8" or "int4", or in detail, see
+                `quantization.choose_quantization`; "none" makes floats of a quantised copy; None
+                takes the weights as they are stored.
+            adapter: a LoRA to merge, as peft saves it: a directory or a repository id.
             force: load the weights even where they seem not to fit.
 
         Raises:
@@ -80,27 +96,48 @@ class LlamaVision:
                 consistent, or the device is not there or too small.
         """
         if not check("force", force, Flag()):
-            check_before_download(source, dtype, device)
-        checkpoint = cls.without_weights(source, device=device, dtype=dtype)
+            check_before_download(source, dtype, device, quantize)
+        how = {"device": device, "dtype": dtype, "quantize": quantize, "adapter": adapter}
+        checkpoint = cls.without_weights(source, **how)
         checkpoint.load_weights(force=force)
         return checkpoint
 
     @classmethod
     def without_weights(
-        cls, source: str | Path, *, device: str = "auto", dtype: str | torch.dtype = "auto"
+        cls,
+        source: str | Path,
+        *,
+        device: str = "auto",
+        dtype: str | torch.dtype = "auto",
+        quantize: str | Quantization | None = None,
+        adapter: str | Path | None = None,
+        devices: int = 1,
     ) -> "LlamaVision":
-        """All but its weights, see `from_pretrained`: it makes prompts and plans, not answers."""
+        """All but its weights, see `from_pretrained`: it makes prompts and plans, not answers.
+
+        Args:
+            devices: among how many it is divided; this one has the part of its own rank.
+        """
         chosen = choose_device(device)
+        adapter_directory = None if adapter is None else find_adapter(adapter)
         directory = find_checkpoint(source)
-        config = read_config(directory)
+        config, found = read_config(directory), None
+        with suppress(CheckpointError):  # loading tells, for whoever loads
+            found = find_weights(directory, config)
+        config, chosen_dtype = resolve(divided(config, devices), found, quantize, dtype)
+        if config.quantization is not None:
+            check_device(config.quantization, chosen)
         tokenizer = load_tokenizer(directory, config.text)
         defaults = read_generation_config(directory)
         try:
             sampling = Sampling(**{f.name: getattr(defaults, f.name) for f in fields(Sampling)})
         except SettingError as error:
             raise SettingError(f"{directory}/generation_config.json: {error}") from None
-        model = model_without_weights(config).to(choose_dtype(dtype, config.dtype))
+        model = model_without_weights(config).to(chosen_dtype)
         outline = cls(model, tokenizer, sampling=sampling, stop_ids=defaults.stop_ids)
+        outline.conversion = "" if found is None else conversion(config, found)
+        if adapter_directory is not None:
+            outline.adapter = read_adapter(adapter_directory, full_shapes(config))
         outline.directory, outline.device = directory, chosen
         outline.unsupported_settings = defaults.unsupported
         return outline
@@ -110,7 +147,8 @@ class LlamaVision:
         dtype = self.model.dtype
         if not force:
             check_weights_fit(self.config, dtype, self.device)
-        self.model = load_model(self.directory, self.config, device=self.device, dtype=dtype)
+        how = {"device": self.device, "dtype": dtype, "adapter": self.adapter}
+        self.model = load_model(self.directory, self.config, **how)
 
     def logits(
         self,

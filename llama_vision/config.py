@@ -5,11 +5,13 @@ a guess. The field names are those of an official `config.json`, so that one can
 file.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 
-from llama_vision.errors import LlamaVisionError, quote
+from llama_vision.errors import LlamaVisionError, SettingError, quote
+from llama_vision.quantization import Quantization
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -45,6 +47,18 @@ class VisionConfig:
     max_num_tiles: int
     num_channels: int
     norm_eps: float
+    devices: int = 1
+    """Among how many devices the heads and the hidden width of each block are divided."""
+
+    @property
+    def heads_here(self) -> int:
+        """Attention heads that one device has."""
+        return self.attention_heads // self.devices
+
+    @property
+    def intermediate_here(self) -> int:
+        """Hidden width that one device has."""
+        return self.intermediate_size // self.devices
 
     @property
     def patches_per_side(self) -> int:
@@ -104,11 +118,39 @@ class TextConfig:
     image_token_index: int | None = None
     """The id of `<|image|>` where it is not the first one past the vocabulary: fine-tuning that
     adds tokens enlarges the vocabulary around it."""
+    devices: int = 1
+    """Among how many devices heads, the hidden width of each block, and the rows of embedding and
+    head are divided."""
 
     @property
     def head_dim(self) -> int:
         """Width d of one attention head."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def heads_here(self) -> int:
+        """Query heads that one device has."""
+        return self.num_attention_heads // self.devices
+
+    @property
+    def kv_heads_here(self) -> int:
+        """Key/value heads that one device has, in weights and caches."""
+        return self.num_key_value_heads // self.devices
+
+    @property
+    def intermediate_here(self) -> int:
+        """Hidden width that one device has."""
+        return self.intermediate_size // self.devices
+
+    @property
+    def vocab_here(self) -> int:
+        """Rows of the head that one device has; the last one's go past the end, as zeros."""
+        return -(-self.vocab_size // self.devices)
+
+    @property
+    def embedding_rows_here(self) -> int:
+        """Rows of the embedding that one device has, likewise."""
+        return -(-self.embedding_rows // self.devices)
 
     @property
     def num_self_attention_layers(self) -> int:
@@ -144,6 +186,35 @@ class Config:
     text: TextConfig
     dtype: torch.dtype
     """The type the checkpoint was published in."""
+    quantization: Quantization | None = None
+    """Which of its matrices are kept in fewer bits, see `quantization`."""
+
+
+def divided(config: Config, devices: int) -> Config:
+    """The same model, each device of so many having a part of it.
+
+    Raises:
+        SettingError: heads or hidden widths cannot be divided so.
+    """
+    vision, text = config.vision, config.text
+    sizes = {
+        "query heads": text.num_attention_heads,
+        "key/value heads": text.num_key_value_heads,
+        "intermediate_size": text.intermediate_size,
+        "vision heads": vision.attention_heads,
+        "vision intermediate_size": vision.intermediate_size,
+    }
+    most = math.gcd(*sizes.values())
+    fitting = [n for n in range(1, most + 1) if most % n == 0]
+    if devices not in fitting:
+        wrong = [f"{size} {name}" for name, size in sizes.items() if size % devices]
+        raise SettingError(
+            f"{devices} devices cannot divide this model's {', '.join(wrong)}; expected "
+            f"{' or '.join(map(str, fitting))} (torchrun --nproc-per-node)"
+        )
+    return replace(
+        config, vision=replace(vision, devices=devices), text=replace(text, devices=devices)
+    )
 
 
 def supported_grids(max_tiles: int) -> tuple[tuple[int, int], ...]:

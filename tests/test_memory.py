@@ -16,7 +16,8 @@ from llama_vision.checkpoint.hub import EMBEDDED_MODEL
 from llama_vision.config import DTYPES, official_config
 from llama_vision.engine.workload import PromptSize, Workload, workload_alike
 from llama_vision.memory.ledger import Tracker
-from llama_vision.memory.plan import plan_run, shallow, weight_parts, working_memory
+from llama_vision.memory.plan import plan_run, weight_parts
+from llama_vision.memory.simulation import shallow, working_memory
 from llama_vision.model.model import model_without_weights
 
 DRAWN = {"temperature": 1.0, "top_p": 0.9, "seed": 1, "ignore_stop": True}

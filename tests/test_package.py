@@ -13,13 +13,14 @@ from llama_vision.checkpoint.hub import EMBEDDED_MODEL
 
 TESTS = Path(__file__).parent
 PACKAGE = Path(llama_vision.__file__).parent
-BASE = {"errors", "values", "config", "reading"}
+BASE = {"errors", "values", "quantization", "config", "reading"}
 PARTS = BASE | {"cache", "inputs", "model", "engine", "checkpoint", "memory"}
 MAY_IMPORT = {
     "errors": set(),
     "values": {"errors"},
     "reading": {"errors"},
-    "config": {"errors"},
+    "quantization": {"errors"},
+    "config": {"errors", "quantization"},
     "cache": BASE,
     "inputs": BASE,
     "model": BASE | {"cache"},

@@ -18,7 +18,7 @@ from llama_vision.cli.main import main
 from llama_vision.config import official_config
 from llama_vision.engine.workload import workload_alike
 from llama_vision.errors import SettingError
-from llama_vision.memory.fit import largest_settings
+from llama_vision.memory.largest import largest_settings
 from llama_vision.memory.plan import plan_run
 
 ROOT = Path(__file__).parent.parent

@@ -25,8 +25,8 @@ from llama_vision import (
     UniformGrid,
 )
 from llama_vision.checkpoint.hub import EMBEDDED_MODEL
-from llama_vision.cli.arguments import SHOWN_RULES
 from llama_vision.cli.main import main
+from llama_vision.cli.parsing import SHOWN_RULES
 from llama_vision.engine.segments import image_groups
 from llama_vision.inputs.image import open_image, tile_image
 from llama_vision.show.attention import look

@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llama_vision.checkpoint.devices import choose_dtype, parse_device
 from llama_vision.checkpoint.hub import load_config
-from llama_vision.cli.arguments import Parser, number, whole
+from llama_vision.cli.arguments import Parser
+from llama_vision.cli.parsing import number, whole
 from llama_vision.cli.reports import print_plan
 from llama_vision.cli.terminal import run_command
 from llama_vision.engine.workload import DEFAULT_SEQ_LEN, PREFILL_CHUNK, workload_alike

@@ -131,7 +131,7 @@ def _shapes(
     visual = [visual_capacity] * len(config.cross_attention_layers)
     if first_visual_capacity is not None:
         visual[:1] = [first_visual_capacity]
-    heads, width = config.num_key_value_heads, config.head_dim
+    heads, width = config.kv_heads_here, config.head_dim
     return tuple(
         [torch.Size([slots, heads, capacity, width]) for capacity in capacities]
         for capacities in (text, visual)

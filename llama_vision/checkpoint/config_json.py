@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from llama_vision.checkpoint.files import CheckpointError, stored_type
-from llama_vision.checkpoint.unsupported import refuse_unsupported, what_it_is
+from llama_vision.checkpoint.unsupported import declared_format, refuse_unsupported, what_it_is
 from llama_vision.config import (
     DTYPES,
     MOST_PIXELS,
@@ -21,6 +21,7 @@ from llama_vision.config import (
     VisionConfig,
 )
 from llama_vision.errors import quote
+from llama_vision.quantization import Quantization
 from llama_vision.reading import is_there, read_json, shown
 from llama_vision.values import Number, Whole
 
@@ -83,7 +84,9 @@ def config_from_dict(data: dict[str, Any], where: object = "") -> Config:
         image_id = top.integer(field, most=text.embedding_rows - 1)
         text = replace(text, image_token_index=None if image_id == text.vocab_size else image_id)
     _check_total(vision, text)
-    return Config(vision, text, _dtype(data) or PUBLISHED_DTYPE)
+    form = declared_format(data)
+    quantization = form and Quantization(text=form, cross=form, stored=True)
+    return Config(vision, text, _dtype(data) or PUBLISHED_DTYPE, quantization)
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
@@ -91,6 +94,7 @@ def config_to_dict(config: Config) -> dict[str, Any]:
     vision, text = asdict(config.vision), asdict(config.text)
     text["eos_token_id"] = text.pop("eos_token_ids")
     del text["image_token_index"]  # which stands on top
+    del text["devices"], vision["devices"]
     scaling = text["rope_scaling"]
     text["rope_scaling"] = scaling and {"rope_type": "llama3", **scaling}
     text |= {"pad_token_id": config.text.pad_token_id, "tie_word_embeddings": False}

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from llama_vision.checkpoint.unsupported import what_it_is
 from llama_vision.config import DTYPES
@@ -22,6 +23,18 @@ FLOATS = {
     "BF16": torch.bfloat16,
 }
 """Types that a tensor may be stored in, by their names in a header."""
+
+INTEGERS = {
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+"""Those that quantised weights are stored in besides."""
+
+BUFFER_BYTES = 16 * 2**20
+"""Files are read in pieces of this size: all that loading needs beside the model itself."""
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 NUMBERED = re.compile(r"(.+)-(\d{1,6})-of-(\d{1,6})\.safetensors", re.ASCII)
@@ -41,6 +54,56 @@ class Entry(NamedTuple):
     dtype: str
     offset: int
     """Where in the file its bytes begin."""
+
+
+class Reader:
+    """Reads tensors in pieces, through one buffer."""
+
+    def __init__(self, size: int = BUFFER_BYTES) -> None:
+        self.buffer = bytearray(size)
+
+    def rows(
+        self, entry: Entry, start: int, stop: int, columns: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Some rows of a tensor [N, …], in the type that it is stored in; valid until the next.
+
+        Args:
+            columns: first and last but one of a matrix [N, K]; None for all.
+
+        Raises:
+            CheckpointError: the file cannot be read, or has become shorter.
+        """
+        dtype, (_, *shape) = (FLOATS | INTEGERS)[entry.dtype], entry.shape or (1,)
+        row_bytes = math.prod(shape) * dtype.itemsize
+        offset, size, runs = entry.offset + start * row_bytes, (stop - start) * row_bytes, 1
+        if columns is not None:
+            first, last = columns
+            offset += first * dtype.itemsize
+            size, runs, shape = (last - first) * dtype.itemsize, stop - start, [last - first]
+        if size * runs > len(self.buffer):
+            self.buffer = bytearray(size * runs)
+        there = memoryview(self.buffer)
+        try:
+            with entry.shard.open("rb", buffering=0) as file:
+                for run in range(runs):
+                    file.seek(offset + run * row_bytes)
+                    if file.readinto(there[run * size : (run + 1) * size]) != size:
+                        raise CheckpointError(
+                            f"{shown(entry.shard)} became shorter while it was read"
+                        )
+        except OSError as error:
+            raise CheckpointError(
+                f"{shown(entry.shard)} cannot be read: {error.strerror}"
+            ) from None
+        count = size * runs // dtype.itemsize
+        if not count:
+            return torch.empty(stop - start, *shape, dtype=dtype)
+        return torch.frombuffer(self.buffer, dtype=dtype, count=count).view(stop - start, *shape)
+
+    def whole(self, entry: Entry) -> Tensor:
+        """A small tensor, in memory of its own."""
+        rows = self.rows(entry, 0, entry.shape[0] if entry.shape else 1)
+        return rows.clone().view(entry.shape)
 
 
 def find_shards(directory: Path) -> list[Path]:

@@ -62,11 +62,11 @@ def find_checkpoint(source: str | Path) -> Path:
     directory = source_path(source)
     if directory.is_dir():
         return directory
-    if directory.exists() or not _is_repo_id(str(source)):
+    if directory.exists() or not is_repo_id(str(source)):
         what = "is a file" if directory.exists() else "does not exist"
         raise CheckpointError(f"model {shown(source)} {what}; expected {EXPECTED}")
     try:
-        cached = _snapshot(str(source), local_files_only=True)
+        cached = snapshot(str(source), local_files_only=True)
         if _is_complete(cached):
             return cached
     except hub_errors.LocalEntryNotFoundError:
@@ -84,20 +84,21 @@ def load_config(source: str | Path) -> Config:
     directory = source_path(source)
     if str(source) in OFFICIAL_SIZES:
         return official_config(str(source))
-    if directory.exists() or not _is_repo_id(str(source)):
+    if directory.exists() or not is_repo_id(str(source)):
         return read_config(find_checkpoint(source))
     repo = str(source)
     try:
-        cached = _snapshot(repo, FIRST_FILES, local_files_only=True)
+        cached = snapshot(repo, FIRST_FILES, local_files_only=True)
         if (cached / "config.json").is_file():
             return read_config(cached)
     except hub_errors.LocalEntryNotFoundError:
         pass
-    with _explained(repo):
-        return read_config(_snapshot(repo, FIRST_FILES))
+    with explained(repo):
+        return read_config(snapshot(repo, FIRST_FILES))
 
 
-def _is_repo_id(source: str) -> bool:
+def is_repo_id(source: str) -> bool:
+    """Whether a text has the form of a repository's id."""
     try:
         validate_repo_id(source)
     except hub_errors.HFValidationError:
@@ -105,7 +106,8 @@ def _is_repo_id(source: str) -> bool:
     return source.count("/") == 1
 
 
-def _snapshot(repo: str, files: Sequence[str] = NEEDED_FILES, **how: Any) -> Path:
+def snapshot(repo: str, files: Sequence[str] = NEEDED_FILES, **how: Any) -> Path:
+    """Some files of a repository, from the local cache or the hub; the directory they are in."""
     return Path(
         snapshot_download(
             repo, allow_patterns=list(files), ignore_patterns=list(UNNEEDED_FILES), **how
@@ -131,19 +133,19 @@ def download(repo: str, *, to: Path | None = None, token: str | None = None) -> 
         CheckpointError: gated, unknown or out of reach; says what to do.
         ConfigError: config.json tells that the weights cannot be loaded; they are not fetched.
     """
-    with _explained(repo):
+    with explained(repo):
         if to is None:
             how = {"token": token}
         else:
             # Out of reach, snapshot_download would be content with whatever is in `to`: ask first.
             commit = HfApi(token=token).model_info(repo).sha
             how = {"token": token, "local_dir": to, "revision": commit}
-        read_config(_snapshot(repo, FIRST_FILES, **how))
-        return _snapshot(repo, **how)
+        read_config(snapshot(repo, FIRST_FILES, **how))
+        return snapshot(repo, **how)
 
 
 @contextmanager
-def _explained(repo: str) -> Iterator[None]:
+def explained(repo: str) -> Iterator[None]:
     """Turn whatever the hub's client raises into one message, that of its HTTP client included."""
     try:
         yield

@@ -1,11 +1,24 @@
 """What official files call the tensors of the model, and the proof that all of them are used."""
 
 from collections.abc import Mapping
+from typing import Any
 
-from torch import nn
+from llama_vision.checkpoint.files import CheckpointError, Entry, Reader
+from llama_vision.checkpoint.layouts import (
+    DAMAGED,
+    MISSHAPEN,
+    MISSING,
+    STRANGE,
+    Misfit,
+    belonging,
+    find_stored,
+)
+from llama_vision.checkpoint.stored import Stored
+from llama_vision.errors import printable, some
+from llama_vision.reading import LONGEST_PATH
 
-from llama_vision.checkpoint.files import FLOATS, CheckpointError, Entry
-from llama_vision.errors import some
+KINDS = (MISSING, "unexpected", MISSHAPEN, STRANGE, DAMAGED)
+"""What may be wrong with tensors, in the order that it is told in."""
 
 NAME_TABLE = (
     # ours               published in 2024                  newer files
@@ -32,38 +45,42 @@ def official_names(names: list[str], newer: bool = False) -> dict[str, str]:
     return table
 
 
-def match_names(
-    expected: Mapping[str, nn.Parameter], entries: Mapping[str, Entry]
-) -> dict[str, str]:
+def match_names(expected: Mapping[str, Any], entries: Mapping[str, Entry]) -> dict[str, Stored]:
     """The proof: every tensor is used once, every parameter filled once, all shapes are equal.
 
+    Args:
+        expected: a parameter, or its shape, by its name in the model.
+        entries: all tensors of the files.
+
     Returns:
-        {name in the files: name in the model}.
+        How each parameter is stored, by its name in the model.
 
     Raises:
-        CheckpointError: lists all that is missing, unexpected, misshapen or of a strange type.
+        CheckpointError: lists all that is missing, unexpected, misshapen, of a strange type or
+            damaged.
     """
     newer = any(name.startswith("model.") for name in entries)
-    names = official_names(list(expected), newer)
-    problems = {
-        "missing": [name for name in names if name not in entries],
-        "unexpected": [
-            name for name in entries if name not in names and not name.endswith(DERIVED)
-        ],
-        "misshapen": [
-            f"{name} {list(entries[name].shape)} instead of {list(expected[ours].shape)}"
-            for name, ours in names.items()
-            if name in entries and entries[name].shape != tuple(expected[ours].shape)
-        ],
-        "of an unsupported type": [
-            f"{name} ({entry.dtype})"
-            for name, entry in entries.items()
-            if name in names and entry.dtype not in FLOATS
-        ],
-    }
-    found = [f"{len(what)} {kind}: {some(what)}" for kind, what in problems.items() if what]
-    if found:
+    problems: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    reader, found, used = Reader(), {}, set()
+    for name, ours in official_names(list(expected), newer).items():
+        shape = getattr(expected[ours], "shape", expected[ours])
+        try:
+            found[ours] = find_stored(name, tuple(shape), entries, reader)
+            used.update(found[ours].names)
+        except Misfit as misfit:
+            problems[misfit.kind].append(misfit.text)
+            used.update(belonging(name, entries))
+    problems["unexpected"] = [
+        name for name in entries if name not in used and not name.endswith(DERIVED)
+    ]
+    said = [f"{len(what)} {kind}: {_some(what)}" for kind, what in problems.items() if what]
+    if said:
         raise CheckpointError(
-            "the weights are not those of the model in config.json: " + "; ".join(found)
+            "the weights are not those of the model in config.json: " + "; ".join(said)
         )
-    return names
+    return found
+
+
+def _some(what: list[str]) -> str:
+    """The first of them; one alone at length."""
+    return printable(what[0], LONGEST_PATH) if len(what) == 1 else some(what)

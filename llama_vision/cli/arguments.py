@@ -1,20 +1,18 @@
 """Arguments of the command, and the rule of pruning that they ask for."""
 
 import argparse
-import os
 from collections.abc import Sequence
 from typing import IO, Any, NoReturn
 
 from llama_vision.cache.pruning import Pruner, PruningError
-from llama_vision.cache.rule import Rule
 from llama_vision.cache.rules import COUNTED_RULES, MaxMin, TrimmedLlama
 from llama_vision.checkpoint.hub import EMBEDDED_MODEL
+from llama_vision.cli.parsing import SHOWN_RULES, number, real, rule_names, text, whole
 from llama_vision.cli.terminal import write
 from llama_vision.engine.settings import Settings
 from llama_vision.engine.workload import PREFILL_CHUNK
-from llama_vision.errors import LlamaVisionError, quote
-
-SHOWN_RULES = {"trimmed": TrimmedLlama, **COUNTED_RULES}
+from llama_vision.errors import LlamaVisionError, SettingError
+from llama_vision.quantization import INT4, Quantization, choose_quantization
 
 
 class UsageError(LlamaVisionError):
@@ -170,6 +168,22 @@ def _add_memory(group: Group) -> None:
     add = group.add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
+    add(
+        "--quantize",
+        metavar="FORMAT",
+        help="keep the decoder's matrices as int8 or int4 (default: as the checkpoint has them; "
+        "none makes bfloat16 of a quantised one)",
+    )
+    add("--quantize-all", action="store_true", help="the other matrices too, as int8")
+    add("--quantize-group", type=whole, metavar="N", help="weights that share a scale in int4")
+    add("--quantize-cross", metavar="FORMAT", help="of the cross-attention blocks alone")
+    add("--adapter", metavar="DIR|REPO", help="merge a LoRA, as peft saves it, into the weights")
+    add(
+        "--devices",
+        type=whole,
+        metavar="N",
+        help="with --plan or --fit, of each of N devices that torchrun divides the model among",
+    )
     add("--max-seq-len", type=whole, metavar="N", help="most tokens of prompt and answer together")
     add(
         "--prefill-chunk",
@@ -202,55 +216,19 @@ def _add_memory(group: Group) -> None:
     add("--force", action="store_true", help="go on even where memory seems not to suffice")
 
 
-def whole(argument: str) -> int:
-    """A whole number; its range is checked where it is used."""
-    try:
-        return int(_plain(argument))
-    except ValueError:  # more than 4,300 digits, too
-        raise _unread(argument, "a whole number") from None
-
-
-def real(argument: str) -> float:
-    """A number; its range is checked where it is used."""
-    try:
-        return float(_plain(argument))
-    except ValueError:
-        raise _unread(argument, "a number") from None
-
-
-def number(argument: str) -> int | float:
-    """`800` is a count, `0.5` a fraction."""
-    try:
-        return whole(argument)
-    except argparse.ArgumentTypeError:
-        return real(argument)
-
-
-def rule_names(argument: str) -> list[type[Rule]]:
-    """Rules by name, with commas between them."""
-    try:
-        return [SHOWN_RULES[name] for name in argument.split(",")]
-    except KeyError:
-        raise _unread(argument, f"of {', '.join(SHOWN_RULES)}") from None
-
-
-def text(argument: str) -> str:
-    """A text that came as UTF-8; bytes that are none are in it as lone surrogates."""
-    try:
-        return os.fsencode(argument).decode()
-    except UnicodeError:
-        raise _unread(argument, "a text in UTF-8") from None
-
-
-def _plain(argument: str) -> str:
-    """Digits of other scripts and `1_000`, which Python takes, are no numbers here."""
-    if not argument.isascii() or "_" in argument:
-        raise ValueError
-    return argument
-
-
-def _unread(argument: str, expected: str) -> argparse.ArgumentTypeError:
-    return argparse.ArgumentTypeError(f"{quote(argument)} is not {expected}")
+def build_quantization(options: argparse.Namespace) -> str | Quantization | None:
+    """What --quantize and its companions ask for."""
+    name, group, cross = options.quantize, options.quantize_group, options.quantize_cross
+    details = options.quantize_all or group is not None or cross is not None
+    if name in (None, "none") and details:
+        raise SettingError(
+            "--quantize-all, --quantize-group and --quantize-cross are of --quantize int8 or int4; "
+            "give it too"
+        )
+    if not details:
+        return name
+    group = INT4.group if group is None else group
+    return choose_quantization(name, everything=options.quantize_all, group=group, cross=cross)
 
 
 def build_pruner(options: argparse.Namespace) -> Pruner | None:

@@ -1,6 +1,7 @@
 """The command: text streamed to stdout, problems as one line on stderr."""
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -8,27 +9,31 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from PIL.Image import Image
 
 from llama_vision.api import LlamaVision
-from llama_vision.checkpoint.devices import choose_dtype, parse_device
+from llama_vision.checkpoint.devices import parse_device
 from llama_vision.checkpoint.hub import load_config
-from llama_vision.cli.arguments import build_pruner, read_arguments
+from llama_vision.checkpoint.resolve import resolve
+from llama_vision.cli.arguments import build_pruner, build_quantization, read_arguments
 from llama_vision.cli.reports import format_stats, make_report, print_plan
 from llama_vision.cli.terminal import (
     EXIT_INTERRUPTED,
     EXIT_USAGE,
     run_command,
+    silent,
     tell,
     tell_table,
     write,
 )
+from llama_vision.config import divided
 from llama_vision.engine.capture import check_compiler
 from llama_vision.engine.engine import Engine
 from llama_vision.engine.request import Request
 from llama_vision.engine.settings import Settings
 from llama_vision.engine.workload import DEFAULT_SEQ_LEN, workload_alike
-from llama_vision.errors import some
+from llama_vision.errors import SettingError, some
 from llama_vision.inputs.chat import (
     IMAGE_PLACE,
     Prompt,
@@ -43,7 +48,9 @@ from llama_vision.inputs.special import BEGIN_OF_TEXT, reading_special, special_
 from llama_vision.inputs.tokenizer import Tokenizer
 from llama_vision.inputs.vocabulary import PlainBytes
 from llama_vision.memory.fit import check_before_download
+from llama_vision.model import parallel
 from llama_vision.show.write import check_target, show_kept
+from llama_vision.values import Whole, check
 
 __all__ = ["EXIT_INTERRUPTED", "EXIT_USAGE", "main"]
 
@@ -69,11 +76,36 @@ SETTINGS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code, see `run_command`."""
     given = sys.argv[1:] if arguments is None else arguments
-    return run_command("llama-vision", lambda: run(read_arguments(given)))
+    return run_command("llama-vision", lambda: run_divided(read_arguments(given)))
+
+
+def run_divided(options: argparse.Namespace) -> int:
+    """Run alone, or as one of the processes that torchrun starts, of which the first talks."""
+    processes = parallel.start()
+    try:
+        if processes == 1:
+            return run(options)
+        if options.devices not in (None, processes):
+            raise SettingError(f"--devices is {options.devices} and torchrun runs {processes}")
+        options.devices = processes
+        if options.device in ("auto", "cuda") and torch.cuda.is_available():
+            options.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        with silent() if parallel.rank() else contextlib.nullcontext():
+            return run(options)
+    finally:
+        parallel.stop()
 
 
 def run(options: argparse.Namespace) -> int:
     """Plan, or load, answer and report."""
+    options.quantize = build_quantization(options)
+    if options.devices is not None:
+        check("devices", options.devices, Whole(1, 1024))
+        if not (parallel.is_shared() or options.plan or options.fit is not None):
+            raise SettingError(
+                "--devices is of --plan and --fit; to run, torchrun --nproc-per-node "
+                f"{options.devices} generate.py …"
+            )
     # First what can be refused without the weights: they take long to load.
     check_question(options)
     settings = chosen_settings(options)
@@ -134,14 +166,30 @@ def chosen_settings(options: argparse.Namespace) -> dict[str, Any]:
 def load_outline(options: argparse.Namespace) -> LlamaVision:
     """All of the checkpoint but its weights, if they would fit."""
     if not options.force:
-        check_before_download(options.model, options.dtype, options.device)
-    model = LlamaVision.without_weights(options.model, device=options.device, dtype=options.dtype)
+        check_before_download(
+            options.model, options.dtype, options.device, options.quantize, options.devices or 1
+        )
+    model = LlamaVision.without_weights(options.model, device=options.device, **of_model(options))
+    if model.conversion:
+        tell(model.conversion)
+    if model.adapter is not None:
+        tell(f"the adapter is merged: {model.adapter}")
     if model.tokenizer is not None and isinstance(model.tokenizer.vocabulary, PlainBytes):
         tell("the checkpoint has no tokenizer; text is read and written as plain bytes")
     if model.unsupported_settings:
         names = some(list(model.unsupported_settings))
         tell(f"generation_config.json asks for {names}, which is not supported and ignored")
     return model
+
+
+def of_model(options: argparse.Namespace) -> dict[str, Any]:
+    """What `LlamaVision.without_weights` takes beside the device."""
+    return {
+        "dtype": options.dtype,
+        "quantize": options.quantize,
+        "adapter": options.adapter,
+        "devices": options.devices or 1,
+    }
 
 
 def answer(
@@ -168,7 +216,7 @@ def answer(
         tell_table(format_stats(report))
     if options.json:
         write(json.dumps(report, allow_nan=False))
-    if options.show_kept is not None and request.kept:
+    if options.show_kept is not None and request.kept and not parallel.rank():
         how = {"question": options.prompt, "others": options.show_rules}
         show_kept(options.show_kept, model, request, **how)
     return exit_code
@@ -182,12 +230,12 @@ def plan(options: argparse.Namespace, images: list[Image], settings: dict[str, A
     """
     device = parse_device(options.device)
     if options.prompt is not None and os.path.isdir(os.path.expanduser(options.model)):
-        model = LlamaVision.without_weights(options.model, device="cpu", dtype=options.dtype)
+        model = LlamaVision.without_weights(options.model, device="cpu", **of_model(options))
         config, dtype = model.config, model.model.dtype
         workload = model.workload([build_prompt(model, options, images)], **settings)
     else:
-        config = load_config(options.model)
-        dtype = choose_dtype(options.dtype, config.dtype)
+        config = divided(load_config(options.model), options.devices or 1)
+        config, dtype = resolve(config, None, options.quantize, options.dtype)
         workload = workload_alike(
             config,
             images=len(images) or 1,

@@ -14,8 +14,8 @@ from llama_vision.engine.engine import Engine
 from llama_vision.engine.request import Request
 from llama_vision.engine.workload import Workload
 from llama_vision.errors import LONGEST_MESSAGE, SettingError, printable
-from llama_vision.memory.fit import largest_settings
 from llama_vision.memory.free import known_free_memory
+from llama_vision.memory.largest import largest_settings
 from llama_vision.memory.plan import MemoryPlan, plan_run
 from llama_vision.memory.units import human_bytes, parse_bytes
 

@@ -65,6 +65,14 @@ def tell_table(text: str) -> None:
     _to_stderr(escaped(text))
 
 
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Print nothing: another process does."""
+    out, err = contextlib.redirect_stdout, contextlib.redirect_stderr
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, out(nowhere), err(nowhere):
+        yield
+
+
 def _to_stderr(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)

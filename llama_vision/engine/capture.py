@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llama_vision.errors import SettingError
+from llama_vision.model import parallel
 
 
 @cache
@@ -16,13 +17,14 @@ def compiled(step: Callable[..., Tensor], device: str) -> Callable[..., Tensor]:
 
     On a CPU the kernels are called from C++ rather than from Python, a fifth of a small model's
     time; on CUDA graphs do away with the calls. The norms' eps are constants: left open, each would
-    be one more input, together a sixth.
+    be one more input, together a sixth. What is sent to other devices cannot be called from C++.
     """
-    options = {"cpp_wrapper": device == "cpu"}
+    options = {"cpp_wrapper": device == "cpu" and not parallel.is_shared()}
     program = torch.compile(step, dynamic=True, fullgraph=True, options=options)
 
     def run(*arguments: object) -> Tensor:
-        with _compiler_problems_told(), torch._dynamo.config.patch(specialize_float=True):
+        patched = torch._dynamo.config.patch(specialize_float=True)
+        with parallel.told(), _compiler_problems_told(), patched:
             return program(*arguments)
 
     return run

@@ -1,6 +1,7 @@
 """The next token of each request: from the model's logits, what its settings make of them."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from llama_vision.engine.sampling import sample
 from llama_vision.engine.settings import LogitsProcessor
 from llama_vision.errors import LlamaVisionError, name_of, quote
 from llama_vision.model.model import LlamaVisionModel
+from llama_vision.model.parallel import agree
 
 
 class LogitsError(LlamaVisionError):
@@ -19,11 +21,17 @@ class LogitsError(LlamaVisionError):
 def choose_tokens(
     requests: Sequence[Request], logits: Tensor, model: LlamaVisionModel
 ) -> list[Chosen | LogitsError]:
-    """The next token of each request, or why there is none.
+    """The next token of each request, or why there is none; the same on all devices.
 
     Args:
         logits: [B, vocabulary], float32, a row for each request.
     """
+    return agree(partial(_choose, requests, logits, model), model.config.text.devices)
+
+
+def _choose(
+    requests: Sequence[Request], logits: Tensor, model: LlamaVisionModel
+) -> list[Chosen | LogitsError]:
     failed: dict[int, LogitsError] = {}
     draw_from = (
         _adjusted_rows(requests, logits, failed) if any(map(is_adjusted, requests)) else None

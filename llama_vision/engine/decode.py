@@ -100,7 +100,8 @@ class Decoder:
 
     Args:
         compiled: compile the step.
-        graphs: on CUDA, capture it as a graph, one for each shape.
+        graphs: on CUDA, capture it as a graph, one for each shape; never what several devices run,
+            which has not been tried.
     """
 
     def __init__(
@@ -108,7 +109,8 @@ class Decoder:
     ):
         self.text, self.cache, self.device = model.text, cache, model.device
         self.compiled = compiled
-        self.graphs = Graphs(self.device) if graphs and self.device.type == "cuda" else None
+        graphs = graphs and self.device.type == "cuda" and model.config.text.devices == 1
+        self.graphs = Graphs(self.device) if graphs else None
         self.inputs = torch.zeros(4, cache.slots, dtype=torch.int64, device=self.device)
         self.frequencies = rotary_frequencies(model.config.text, self.device)
         if self.graphs is not None:

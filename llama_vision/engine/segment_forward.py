@@ -8,12 +8,13 @@ from torch import Tensor
 
 from llama_vision.cache.kv import Cache
 from llama_vision.cache.merging import merge
-from llama_vision.cache.pruning import Pruner, Votes, ask, traits_of
+from llama_vision.cache.pruning import Kept, Pruner, Votes, ask, traits_of
 from llama_vision.cache.visual_tokens import VisualTokens
 from llama_vision.engine.encode import TOKENS_AT_ONCE
 from llama_vision.engine.segments import Segment
 from llama_vision.model.layers import rotary_angles, rotary_frequencies
 from llama_vision.model.model import LlamaVisionModel
+from llama_vision.model.parallel import agree, gather
 from llama_vision.model.text import (
     CrossAttentionBlock,
     SelfAttentionBlock,
@@ -195,17 +196,32 @@ class SegmentForward:
         if self.store and self.pruner is None:
             keys, values = store.room(layer, self.slot, tokens)
         else:
-            heads, width = self.text.config.num_key_value_heads, self.text.config.head_dim
+            heads, width = self.text.config.kv_heads_here, self.text.config.head_dim
             keys, values = features.new_empty(2, 1, heads, tokens, width)
         self._project(block, features, (keys, values))
         if layer == len(store.keys) - 1 and self.pruner is None:
             self.group.features = features.new_empty(0)  # nothing reads them again
         return keys, values
 
+    def _ask(self, saliency: Tensor | None) -> Kept:
+        """What the pruner keeps. It is shown the heads of all devices, on the first of them."""
+        group, devices = self.group, self.text.config.devices
+        if devices == 1:
+            return ask(self.pruner, saliency, group)
+        saliency, group.keys = (
+            None if x is None else gather(x, devices).flatten(0, 1) for x in (saliency, group.keys)
+        )
+
+        def on_host() -> Kept:
+            kept = ask(self.pruner, saliency, group)
+            return Kept(*(None if part is None else part.cpu() for part in kept))
+
+        return agree(on_host, devices)
+
     def _choose(self, saliency: Tensor | None) -> Tensor:
         """Ask the pruner, and go on with the tokens that it keeps; their indices in the group."""
         group = self.group
-        keep, stands = ask(self.pruner, saliency, group)
+        keep, stands = self._ask(saliency)
         self.pruner = None
         self.kept = group.of_each_image(keep)
         self.counts = [int(kept.sum()) for kept in self.kept]

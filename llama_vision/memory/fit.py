@@ -2,26 +2,25 @@
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from llama_vision.cache.kv import Cache
 from llama_vision.cache.pruning import Traits
-from llama_vision.checkpoint.devices import choose_device, choose_dtype
+from llama_vision.checkpoint.devices import choose_device
 from llama_vision.checkpoint.hub import load_config, source_path
-from llama_vision.config import OFFICIAL_SIZES, Config
-from llama_vision.engine.workload import PREFILL_CHUNK, PromptSize, Workload, workload_alike
-from llama_vision.errors import LlamaVisionError
+from llama_vision.checkpoint.resolve import resolve
+from llama_vision.config import OFFICIAL_SIZES, Config, divided
+from llama_vision.engine.workload import PREFILL_CHUNK, Workload, workload_alike
+from llama_vision.errors import LlamaVisionError, SettingError
 from llama_vision.memory.free import free_memory
 from llama_vision.memory.plan import plan_run, weight_bytes
 from llama_vision.memory.units import human_bytes
-
-MOST_PROMPTS = 64
-MOST_IMAGES = 64
-"""Where the searches for the largest batch and the most images end."""
+from llama_vision.model import parallel
+from llama_vision.quantization import Quantization, choose_quantization
 
 
 class MemoryLimitError(LlamaVisionError):
@@ -65,6 +64,7 @@ def check_weights_fit(config: Config, dtype: torch.dtype, device: torch.device) 
     ways = []
     if dtype.itemsize > 2 and size // 2 <= free:
         ways.append("--dtype bfloat16 (half the size)")
+    ways += [f"{flag} ({human_bytes(size)})" for flag, size in smaller(config, free)]
     on_host = free_memory("cpu") if device.type != "cpu" else None
     if on_host is not None and size <= on_host:
         ways.append("--device cpu")
@@ -76,15 +76,41 @@ def check_weights_fit(config: Config, dtype: torch.dtype, device: torch.device) 
     )
 
 
-def check_before_download(source: str | Path, dtype: str | torch.dtype, device: str) -> None:
+def check_before_download(
+    source: str | Path,
+    dtype: str | torch.dtype,
+    device: str,
+    quantize: str | Quantization | None = None,
+    devices: int = 1,
+) -> None:
     """Refuse a repository's weights before they are fetched; only its config.json is.
+
+    Args: see `LlamaVision.from_pretrained`, `LlamaVision.without_weights`.
 
     Raises:
         MemoryLimitError: the weights alone exceed what is free.
     """
     if not source_path(source).is_dir() and str(source) not in OFFICIAL_SIZES:
         config = load_config(source)
-        check_weights_fit(config, choose_dtype(dtype, config.dtype), choose_device(device))
+        config, chosen = resolve(divided(config, devices), None, quantize, dtype)
+        check_weights_fit(config, chosen, choose_device(device))
+
+
+def smaller(config: Config, room: int) -> Iterator[tuple[str, int]]:
+    """The first way to quantise whose weights fit into the room, and their bytes."""
+    if config.quantization is not None:
+        return
+    ways = {
+        "--quantize int8": choose_quantization("int8"),
+        "--quantize int4": choose_quantization("int4"),
+        "--quantize int4 --quantize-all": choose_quantization("int4", everything=True),
+    }
+    for flag, quantization in ways.items():
+        with suppress(SettingError):  # sizes that the format does not take
+            size = weight_bytes(replace(config, quantization=quantization), torch.bfloat16)
+            if size <= room:
+                yield flag, size
+                return
 
 
 class Room:
@@ -106,6 +132,8 @@ class Room:
     ):
         self.config, self.dtype, self.device, self.loaded = config, dtype, device, loaded
         self.free = free_memory(device) if free is None else free
+        if self.free is not None:  # alike on all devices
+            self.free = parallel.least(self.free, config.text.devices)
 
     def parts(self, load: Workload) -> dict[str, int]:
         """Bytes that a workload takes beside what is there.
@@ -216,71 +244,3 @@ def _with_tiles(load: Workload, most: int) -> Workload:
         for p in load.prompts
     )
     return replace(load, prompts=tuple(prompts))
-
-
-def largest_settings(
-    config: Config, load: Workload, *, dtype: torch.dtype, device: torch.device, room: int
-) -> dict[str, Any]:
-    """The most of each kind that fits into `room` bytes, the others as in the workload.
-
-    Prompts like its first one are added for the batch, images like its first one (or of all tiles)
-    for the images, text behind it for the length; the budget is what is kept of each prompt.
-
-    Returns:
-        For "batch", "images", "max_seq_len" and "visual_budget" the `largest` number that fits and
-        whether that is `all` that was tried; "instead", what to do where the weights do not fit.
-    """
-    space = Room(config, dtype, device, loaded=False, free=room)
-
-    def search(make: Callable[[int], Workload], least: int, most: int) -> dict[str, Any]:
-        count = largest(lambda n: space.need(make(least - 1 + n)), room, most - least + 1)
-        number = least - 1 + count if count else 0
-        return {"largest": number, "all": number == most}
-
-    first = load.prompts[0]
-    tokens = replace(load, visual_budget=None).cache_sizes(config)["visual_capacity"]
-    pruned = replace(load, pruner=load.pruner or Traits())
-    return {
-        "batch": search(lambda n: replace(load, prompts=(first,) * n, slots=n), 1, MOST_PROMPTS),
-        "images": search(lambda n: _with_images(load, config, n), 1, MOST_IMAGES),
-        "max_seq_len": search(
-            lambda n: _with_length(load, config, n),
-            max(len(prompt.grids) for prompt in load.prompts) + 2,
-            config.text.max_position_embeddings,
-        ),
-        "visual_budget": search(lambda n: replace(pruned, visual_budget=n), 1, tokens),
-        "instead": instead_of(config, dtype, room),
-    }
-
-
-def _with_images(load: Workload, config: Config, images: int) -> Workload:
-    """So many images side by side before the first prompt's text."""
-    first = load.prompts[0]
-    text = [token for token in first.token_ids if token != config.text.image_token_id]
-    grid = (first.grids or ((1, config.vision.max_num_tiles),))[0]
-    prompt = PromptSize((config.text.image_token_id,) * images + tuple(text), (grid,) * images)
-    more = len(prompt.token_ids) - len(first.token_ids)
-    return replace(
-        load,
-        prompts=(prompt,) * len(load.prompts),
-        max_text_tokens=load.max_text_tokens + more,
-    )
-
-
-def _with_length(load: Workload, config: Config, length: int) -> Workload:
-    """Prompts of their images and so much text that one token's room is left."""
-    image, text = config.text.image_token_id, 0
-    prompts = (
-        replace(p, token_ids=(image,) * len(p.grids) + (text,) * (length - 1 - len(p.grids)))
-        for p in load.prompts
-    )
-    return replace(load, prompts=tuple(prompts), max_text_tokens=length)
-
-
-def instead_of(config: Config, dtype: torch.dtype, room: int) -> str:
-    """What to do where the weights alone exceed the room."""
-    size = weight_bytes(config, dtype)
-    ways = []
-    if dtype.itemsize > 2 and size // 2 <= room:
-        ways.append(f"--dtype bfloat16 ({human_bytes(size // 2)})")
-    return " or ".join([*ways, f"a device with {human_bytes(size)} and some more"])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from llama_vision.config import TextConfig
 from llama_vision.model import kernels
+from llama_vision.model.parallel import total
 
 SCORES_BYTES = 8 * 2**20
 """Of the scores that `attention_with_saliency` holds at once."""
@@ -42,10 +43,15 @@ class Linear(nn.Linear):
 
 
 class GatedMLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) · up(x))."""
+    """SwiGLU: down(silu(gate(x)) · up(x)).
 
-    def __init__(self, width: int, hidden: int):
+    Args:
+        hidden: what one device of all has of it.
+    """
+
+    def __init__(self, width: int, hidden: int, devices: int = 1):
         super().__init__()
+        self.devices = devices
         self.gate_proj = Linear(width, hidden, bias=False)
         self.up_proj = Linear(width, hidden, bias=False)
         self.down_proj = Linear(hidden, width, bias=False)
@@ -54,7 +60,7 @@ class GatedMLP(nn.Module):
         """[..., width] -> [..., width]."""
         # In place: nothing in the decoder is as wide.
         hidden = F.silu(self.gate_proj(x), inplace=True).mul_(self.up_proj(x))
-        return self.down_proj(hidden)
+        return total(self.down_proj(hidden), self.devices)
 
 
 @lru_cache(maxsize=8)

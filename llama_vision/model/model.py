@@ -6,6 +6,7 @@ from torch.overrides import TorchFunctionMode
 
 from llama_vision.config import Config
 from llama_vision.model.layers import Linear
+from llama_vision.model.quantized import quantise_modules
 from llama_vision.model.text import TextDecoder
 from llama_vision.model.vision import VisionEncoder
 
@@ -26,13 +27,13 @@ class LlamaVisionModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the weights, and so of everything computed."""
-        return self.projector.weight.dtype
+        """The type of the weights that are not quantised, and of everything computed."""
+        return self.text.norm.weight.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.projector.weight.device
+        return self.text.norm.weight.device
 
     def encode(self, pixels: Tensor, aspect_ids: Tensor) -> Tensor:
         """Visual tokens of N images with t real tiles each.
@@ -50,7 +51,10 @@ class LlamaVisionModel(nn.Module):
 def model_without_weights(config: Config) -> LlamaVisionModel:
     """The modules on torch's meta device: every parameter has its shape and no storage."""
     with torch.device("meta"), _Unfilled():
-        return LlamaVisionModel(config)
+        model = LlamaVisionModel(config)
+        if config.quantization is not None:
+            quantise_modules(model, config.quantization, config.text.cross_attention_layers)
+    return model
 
 
 class _Unfilled(TorchFunctionMode):

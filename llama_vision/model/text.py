@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llama_vision.config import TextConfig
+from llama_vision.model import parallel
 from llama_vision.model.layers import (
     GatedMLP,
     Linear,
@@ -70,7 +71,8 @@ class VisualContext:
     votes: Tensor | None = None
     """[1, S], float32: how much each row counts in the saliency; None: nobody asks for it."""
     saliency: Tensor | None = None
-    """[H, V], float32: attention that the tokens got from the rows that vote, once it is known."""
+    """[H, V], float32: attention that the tokens got from the rows that vote, once it is known; of
+    the heads that are here."""
 
     def attention_mask(self, dtype: torch.dtype) -> Tensor | None:
         """What `attention` takes: the mask alone, or with the logarithms where it is True."""
@@ -98,10 +100,10 @@ class TextDecoder(nn.Module):
         super().__init__()
         self.config = config
         width = config.hidden_size
-        self.embed_tokens = nn.Embedding(config.embedding_rows, width)
+        self.embed_tokens = Embedding(config.embedding_rows_here, width, config.devices)
         self.layers = nn.ModuleList(_blocks(config))
         self.norm = RMSNorm(width, config.rms_norm_eps)
-        self.lm_head = Linear(width, config.vocab_size, bias=False)
+        self.lm_head = Linear(width, config.vocab_here, bias=False)
 
     def forward(
         self, token_ids: Tensor, text: TextContext, visual: Sequence[VisualContext] = ()
@@ -124,7 +126,28 @@ class TextDecoder(nn.Module):
 
     def logits(self, h: Tensor) -> Tensor:
         """[..., D] of the rows asked for -> [..., vocabulary], float32."""
-        return self.lm_head(self.norm(h)).float()
+        logits = self.lm_head(self.norm(h))
+        if (devices := self.config.devices) > 1:
+            logits = parallel.gather(logits, devices).movedim(0, -2).flatten(-2)
+            logits = logits[..., : self.config.vocab_size]
+        return logits.float()
+
+
+class Embedding(nn.Embedding):
+    """A row for each token id, divided among the devices: one of them has it."""
+
+    def __init__(self, rows: int, width: int, devices: int):
+        super().__init__(rows, width)
+        self.devices = devices
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """[...] -> [..., width]."""
+        if self.devices == 1:
+            return super().forward(token_ids)
+        row = token_ids - parallel.rank() * self.num_embeddings
+        is_elsewhere = (row < 0) | (row >= self.num_embeddings)
+        words = super().forward(row.masked_fill(is_elsewhere, 0))
+        return parallel.total(words.masked_fill_(is_elsewhere[..., None], 0), self.devices)
 
 
 def _blocks(config: TextConfig) -> Iterator[nn.Module]:
@@ -147,7 +170,7 @@ class SelfAttentionBlock(nn.Module):
         self.input_layernorm = RMSNorm(width, config.rms_norm_eps)
         self.self_attn = SelfAttention(config, layer)
         self.post_attention_layernorm = RMSNorm(width, config.rms_norm_eps)
-        self.mlp = GatedMLP(width, config.intermediate_size)
+        self.mlp = GatedMLP(width, config.intermediate_here, config.devices)
 
     def forward(self, x: Tensor, text: TextContext) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
@@ -160,12 +183,18 @@ class GroupedQueryAttention(nn.Module):
 
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        width, kv_width = config.hidden_size, config.num_key_value_heads * config.head_dim
-        self.q_proj = Linear(width, width, bias=False)
+        self.devices = config.devices
+        self.heads, self.kv_heads = config.heads_here, config.kv_heads_here
+        width, q_width = config.hidden_size, self.heads * config.head_dim
+        kv_width = self.kv_heads * config.head_dim
+        self.q_proj = Linear(width, q_width, bias=False)
         self.k_proj = Linear(width, kv_width, bias=False)
         self.v_proj = Linear(width, kv_width, bias=False)
-        self.o_proj = Linear(width, width, bias=False)
+        self.o_proj = Linear(q_width, width, bias=False)
+
+    def join(self, heads: Tensor) -> Tensor:
+        """The heads' output [B, heads, S, d], of all devices -> [B, S, D]."""
+        return parallel.total(self.o_proj(merge_heads(heads)), self.devices)
 
 
 class SelfAttention(GroupedQueryAttention):
@@ -181,7 +210,7 @@ class SelfAttention(GroupedQueryAttention):
         k = rotate(split_heads(self.k_proj(x), self.kv_heads), text.cos, text.sin)
         v = split_heads(self.v_proj(x), self.kv_heads)
         k, v = text.extend(self.layer, k, v)
-        return self.o_proj(merge_heads(attention(q, k, v, mask=text.mask, causal=text.causal)))
+        return self.join(attention(q, k, v, mask=text.mask, causal=text.causal))
 
 
 class CrossAttentionBlock(nn.Module):
@@ -195,7 +224,7 @@ class CrossAttentionBlock(nn.Module):
         self.cross_attn = CrossAttention(config)
         self.cross_attn_attn_gate = nn.Parameter(torch.zeros(1))
         self.post_attention_layernorm = RMSNorm(width, config.rms_norm_eps)
-        self.mlp = GatedMLP(width, config.intermediate_size)
+        self.mlp = GatedMLP(width, config.intermediate_here, config.devices)
         self.cross_attn_mlp_gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor, visual: VisualContext) -> Tensor:
@@ -230,7 +259,7 @@ class CrossAttention(GroupedQueryAttention):
             out, visual.saliency = attention_with_saliency(q, k, v, visual.votes, visual.mask)
         if visual.sees is not None:
             out = out * visual.sees[:, None]
-        return self.o_proj(merge_heads(out))
+        return self.join(out)
 
     def project(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of visual tokens: [B, V, D] -> two of [B, K, V, d]."""

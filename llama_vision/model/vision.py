@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from llama_vision.config import VisionConfig
 from llama_vision.model.layers import Linear, attention, merge_heads, split_heads
+from llama_vision.model.parallel import total
 
 TOKENS_MULTIPLE = 8
 """Each tile's tokens are padded to a multiple of this.
@@ -197,8 +198,8 @@ class VisionBlock(nn.Module):
     def __init__(self, config: VisionConfig, gated: bool):
         super().__init__()
         width = config.hidden_size
-        self.self_attn = VisionAttention(width, config.attention_heads)
-        self.mlp = VisionMLP(width, config.intermediate_size)
+        self.self_attn = VisionAttention(config)
+        self.mlp = VisionMLP(config)
         self.input_layernorm = nn.LayerNorm(width, config.norm_eps)
         self.post_attention_layernorm = nn.LayerNorm(width, config.norm_eps)
         self.gate_attn = nn.Parameter(torch.zeros(1)) if gated else None
@@ -218,13 +219,14 @@ def gated(branch: Tensor, gate: Tensor | None) -> Tensor:
 class VisionAttention(nn.Module):
     """Attention in which only padding is hidden, and only from padding."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, config: VisionConfig):
         super().__init__()
-        self.heads = heads
-        self.q_proj = Linear(width, width, bias=False)
-        self.k_proj = Linear(width, width, bias=False)
-        self.v_proj = Linear(width, width, bias=False)
-        self.o_proj = Linear(width, width, bias=False)
+        self.heads, self.devices = config.heads_here, config.devices
+        width, here = config.hidden_size, config.hidden_size // config.devices
+        self.q_proj = Linear(width, here, bias=False)
+        self.k_proj = Linear(width, here, bias=False)
+        self.v_proj = Linear(width, here, bias=False)
+        self.o_proj = Linear(here, width, bias=False)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """[N, n, E] -> [N, n, E].
@@ -241,18 +243,23 @@ class VisionAttention(nn.Module):
         if copies:
             k, v = (torch.cat([t, *[t[:, :, -padding_tile:]] * copies], dim=2) for t in (k, v))
         from_real = merge_heads(attention(q[:, :, :real], k, v))
-        return self.o_proj(torch.cat([from_real, from_padding], dim=1))
+        return total(self.o_proj(torch.cat([from_real, from_padding], dim=1)), self.devices)
 
 
 class VisionMLP(nn.Module):
-    """Two linear layers around an exact GELU."""
+    """Two linear layers around an exact GELU.
 
-    def __init__(self, width: int, hidden: int):
+    Of several devices the first one alone has the second bias, which is to be added once; that of
+    the others is zero.
+    """
+
+    def __init__(self, config: VisionConfig):
         super().__init__()
-        self.fc1 = Linear(width, hidden)
-        self.fc2 = Linear(hidden, width)
+        self.devices = config.devices
+        self.fc1 = Linear(config.hidden_size, config.intermediate_here)
+        self.fc2 = Linear(config.intermediate_here, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
         # In place: nothing in the encoder is as wide.
-        return self.fc2(torch.ops.aten.gelu_(self.fc1(x)))
+        return total(self.fc2(torch.ops.aten.gelu_(self.fc1(x))), self.devices)

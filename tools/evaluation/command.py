@@ -16,7 +16,8 @@ from evaluation.scoring import METRICS, checked, metric_of
 from llama_vision import LlamaVision
 from llama_vision.cache.rules import SHARE
 from llama_vision.checkpoint.hub import EMBEDDED_MODEL
-from llama_vision.cli.arguments import Parser, real, text, whole
+from llama_vision.cli.arguments import Parser
+from llama_vision.cli.parsing import real, text, whole
 from llama_vision.cli.terminal import run_command, tell, write
 from llama_vision.engine.workload import SLOTS
 from llama_vision.errors import LlamaVisionError, printable, quote, some
