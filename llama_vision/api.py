@@ -1,7 +1,6 @@
 """The face that people use: a loaded checkpoint that answers."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,9 @@ from torch import Tensor
 
 from llama_vision.cache.kv import Cache
 from llama_vision.cache.pruning import Pruner, traits_of
-from llama_vision.checkpoint.adapter import Adapter, find_adapter, read_adapter
-from llama_vision.checkpoint.config_json import read_config
-from llama_vision.checkpoint.devices import choose_device
-from llama_vision.checkpoint.files import CheckpointError
 from llama_vision.checkpoint.generation_json import read_generation_config
-from llama_vision.checkpoint.hub import find_checkpoint
-from llama_vision.checkpoint.loading import find_weights, full_shapes, load_model
-from llama_vision.checkpoint.resolve import conversion, resolve
-from llama_vision.config import divided
+from llama_vision.checkpoint.loading import load_model
+from llama_vision.checkpoint.outline import Outline, read_outline
 from llama_vision.engine.choose import not_finite
 from llama_vision.engine.engine import Engine
 from llama_vision.engine.prefill import prefill
@@ -37,7 +30,6 @@ from llama_vision.memory.fit import Room, check_before_download, check_weights_f
 from llama_vision.memory.ledger import Ledger
 from llama_vision.memory.plan import MemoryPlan, plan_run
 from llama_vision.model.model import LlamaVisionModel, model_without_weights
-from llama_vision.model.quantized import check_device
 from llama_vision.quantization import Quantization
 from llama_vision.values import Flag, check, check_flags
 
@@ -55,16 +47,14 @@ class LlamaVision:
     ):
         self.model = model
         self.device = model.device
-        self.directory: Path | None = None
+        self.outline: Outline | None = None
+        """Of the checkpoint that it is from."""
         self.config = model.config
         self.tokenizer = tokenizer
         self.sampling = sampling or Sampling()
         self.stop_ids = frozenset(self.config.text.eos_token_ids if stop_ids is None else stop_ids)
         if tokenizer is not None:  # a turn ends there, whatever the checkpoint's files leave out
             self.stop_ids |= {tokenizer.special_ids[name] for name in ("<|eot_id|>", "<|eom_id|>")}
-        self.adapter: Adapter | None = None
-        self.conversion = ""
-        """What was made of a quantised copy, for people."""
         self.unsupported_settings: tuple[str, ...] = ()
         """What generation_config.json asks for beside that, by name: it is left out."""
 
@@ -103,52 +93,34 @@ class LlamaVision:
         return checkpoint
 
     @classmethod
-    def without_weights(
-        cls,
-        source: str | Path,
-        *,
-        device: str = "auto",
-        dtype: str | torch.dtype = "auto",
-        quantize: str | Quantization | None = None,
-        adapter: str | Path | None = None,
-        devices: int = 1,
-    ) -> "LlamaVision":
-        """All but its weights, see `from_pretrained`: it makes prompts and plans, not answers.
+    def without_weights(cls, source: str | Path, **how: Any) -> "LlamaVision":
+        """All but its weights: it makes prompts and plans, not answers.
 
         Args:
-            devices: among how many it is divided; this one has the part of its own rank.
+            how: device, dtype, quantize and adapter as for `from_pretrained`; and `devices`, among
+                how many it is divided, of which this process has the part of its rank.
         """
-        chosen = choose_device(device)
-        adapter_directory = None if adapter is None else find_adapter(adapter)
-        directory = find_checkpoint(source)
-        config, found = read_config(directory), None
-        with suppress(CheckpointError):  # loading tells, for whoever loads
-            found = find_weights(directory, config)
-        config, chosen_dtype = resolve(divided(config, devices), found, quantize, dtype)
-        if config.quantization is not None:
-            check_device(config.quantization, chosen)
+        outline = read_outline(source, **how)
+        directory, config = outline.directory, outline.config
         tokenizer = load_tokenizer(directory, config.text)
         defaults = read_generation_config(directory)
         try:
             sampling = Sampling(**{f.name: getattr(defaults, f.name) for f in fields(Sampling)})
         except SettingError as error:
             raise SettingError(f"{directory}/generation_config.json: {error}") from None
-        model = model_without_weights(config).to(chosen_dtype)
-        outline = cls(model, tokenizer, sampling=sampling, stop_ids=defaults.stop_ids)
-        outline.conversion = "" if found is None else conversion(config, found)
-        if adapter_directory is not None:
-            outline.adapter = read_adapter(adapter_directory, full_shapes(config))
-        outline.directory, outline.device = directory, chosen
-        outline.unsupported_settings = defaults.unsupported
-        return outline
+        model = model_without_weights(config).to(outline.dtype)
+        made = cls(model, tokenizer, sampling=sampling, stop_ids=defaults.stop_ids)
+        made.outline, made.device = outline, outline.device
+        made.unsupported_settings = defaults.unsupported
+        return made
 
     def load_weights(self, *, force: bool = False) -> None:
         """Fill a model made `without_weights`; for `force` and the errors see `from_pretrained`."""
         dtype = self.model.dtype
         if not force:
             check_weights_fit(self.config, dtype, self.device)
-        how = {"device": self.device, "dtype": dtype, "adapter": self.adapter}
-        self.model = load_model(self.directory, self.config, **how)
+        how = {"device": self.device, "dtype": dtype, "adapter": self.outline.adapter}
+        self.model = load_model(self.outline.directory, self.config, **how)
 
     def logits(
         self,

@@ -200,7 +200,7 @@ def test_logits_beyond_the_type_name_the_type(tiny_copy):
 @pytest.fixture
 def tiny_copy(tiny):
     """The tiny checkpoint with weights of its own, to be written over."""
-    copy = LlamaVision.from_pretrained(tiny.directory, device="cpu")
+    copy = LlamaVision.from_pretrained(tiny.outline.directory, device="cpu")
     return copy
 
 

@@ -24,12 +24,12 @@ from transformers import BitsAndBytesConfig, MllamaForConditionalGeneration
 
 from llama_vision import LlamaVision
 from llama_vision.checkpoint.config_json import read_config
-from llama_vision.checkpoint.files import CheckpointError, Reader, find_shards, read_headers
+from llama_vision.checkpoint.files import CheckpointError, Reader, read_headers
 from llama_vision.checkpoint.layouts import ENDS, find_stored
+from llama_vision.checkpoint.loading import find_weights
 from llama_vision.checkpoint.names import match_names, official_names
 from llama_vision.checkpoint.stored import Plain, Stored
 from llama_vision.checkpoint.unsupported import declared_format
-from llama_vision.model.model import model_without_weights
 from llama_vision.quantization import INT8, Format
 
 LEFT = ["re:.*vision_model.*", "re:.*lm_head", "re:.*multi_modal_projector"]
@@ -143,8 +143,7 @@ def library_weight(kind: str, parts: dict[str, Tensor], dtype: torch.dtype) -> T
 
 
 def stored_of(directory: Path) -> dict[str, Stored]:
-    model = model_without_weights(read_config(directory))
-    return match_names(dict(model.named_parameters()), read_headers(find_shards(directory)))
+    return find_weights(directory, read_config(directory))
 
 
 def tensors_of(directory: Path) -> dict[str, Tensor]:

@@ -111,6 +111,17 @@ class Source:
         rows = self.stored.rows(self.reader, start, stop, columns)
         return rows if self.delta is None else self.delta.apply(rows.float(), start, stop, columns)
 
+    def checked_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Rows in a type.
+
+        Raises:
+            CheckpointError: one of their numbers is not finite.
+        """
+        read = self.rows(start, stop, None)
+        rows = read.to(dtype)
+        _check_finite(self._where, rows, read)
+        return rows
+
     def integers(
         self, start: int, stop: int, columns: tuple[int, int] | None, form: Format
     ) -> Integers:

@@ -168,16 +168,7 @@ def _add_memory(group: Group) -> None:
     add = group.add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
-    add(
-        "--quantize",
-        metavar="FORMAT",
-        help="keep the decoder's matrices as int8 or int4 (default: as the checkpoint has them; "
-        "none makes bfloat16 of a quantised one)",
-    )
-    add("--quantize-all", action="store_true", help="the other matrices too, as int8")
-    add("--quantize-group", type=whole, metavar="N", help="weights that share a scale in int4")
-    add("--quantize-cross", metavar="FORMAT", help="of the cross-attention blocks alone")
-    add("--adapter", metavar="DIR|REPO", help="merge a LoRA, as peft saves it, into the weights")
+    add_quantization(group)
     add(
         "--devices",
         type=whole,
@@ -214,6 +205,21 @@ def _add_memory(group: Group) -> None:
     )
     add("--no-graphs", action="store_true", help="on CUDA, do not capture decoding as graphs")
     add("--force", action="store_true", help="go on even where memory seems not to suffice")
+
+
+def add_quantization(group: argparse._ActionsContainer) -> None:
+    """What the weights are to become."""
+    add = group.add_argument
+    add(
+        "--quantize",
+        metavar="FORMAT",
+        help="keep the decoder's matrices as int8 or int4 (default: as the checkpoint has them; "
+        "none makes bfloat16 of a quantised one)",
+    )
+    add("--quantize-all", action="store_true", help="the other matrices too, as int8")
+    add("--quantize-group", type=whole, metavar="N", help="weights that share a scale in int4")
+    add("--quantize-cross", metavar="FORMAT", help="of the cross-attention blocks alone")
+    add("--adapter", metavar="DIR|REPO", help="merge a LoRA, as peft saves it, into the weights")
 
 
 def build_quantization(options: argparse.Namespace) -> str | Quantization | None:

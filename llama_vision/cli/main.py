@@ -170,10 +170,10 @@ def load_outline(options: argparse.Namespace) -> LlamaVision:
             options.model, options.dtype, options.device, options.quantize, options.devices or 1
         )
     model = LlamaVision.without_weights(options.model, device=options.device, **of_model(options))
-    if model.conversion:
-        tell(model.conversion)
-    if model.adapter is not None:
-        tell(f"the adapter is merged: {model.adapter}")
+    if model.outline.conversion:
+        tell(model.outline.conversion)
+    if model.outline.adapter is not None:
+        tell(f"the adapter is merged: {model.outline.adapter}")
     if model.tokenizer is not None and isinstance(model.tokenizer.vocabulary, PlainBytes):
         tell("the checkpoint has no tokenizer; text is read and written as plain bytes")
     if model.unsupported_settings:
