@@ -109,7 +109,7 @@ def choose_quantization(
         if given not in (*FORMATS, None) or name is None:
             names = " or ".join(FORMATS)
             raise SettingError(f"quantize is {quote(given)}; expected {names}")
-    if group not in GROUPS:
+    if type(group) is not int or group not in GROUPS:
         raise SettingError(f"quantize_group is {quote(group)}; expected one of {GROUPS}")
     forms = {"int8": INT8, "int4": Format(4, group)}
     rest = INT8 if everything else None

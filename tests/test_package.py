@@ -48,6 +48,9 @@ TESTED_WITH = {
     "engine.settings": "__init__",
     "engine.stopwatch": "__init__",
     "inputs.prompts": "__init__",
+    "checkpoint.outline": "__init__",
+    "checkpoint.save": "cli.save",
+    "cli.arguments": "cli.main",
     "cli.reports": "cli.main",
     "__main__": "cli.main",
 }

@@ -40,6 +40,7 @@ from llama_vision.quantization import GROUPS, INT8, Format, Quantization, choose
 
 CPU = torch.device("cpu")
 FORMS = [INT8, *(Format(4, group) for group in GROUPS)]
+CACHES = ("text_cache", "visual_cache")
 LEVELS = {8: (-127, 127), 4: (-8, 7)}
 
 
@@ -71,7 +72,7 @@ def test_each_weight_becomes_the_nearest_multiple_of_its_scale(form):
     clamped = weight.double() / step.where(step != 0, 1) > most + 0.5
     assert (error <= 0.5001 * step.abs())[~clamped].all()
     assert (q == most)[clamped].all()
-    assert (error <= step.abs())[clamped].all()
+    assert (error <= 1.02 * step.abs())[clamped].all()  # the scale itself is rounded
     assert not clamped.any() or form.bits == 4
 
 
@@ -137,6 +138,7 @@ ELSEWHERE = """
 import torch
 from llama_vision.model.quantized import *
 from llama_vision.quantization import Format
+torch.manual_seed(0)
 print(torch.backends.cpu.get_cpu_capability(), packed_block()[0])
 for outputs in (80, 128):
     for form in (Format(8), Format(4, 32)):
@@ -183,7 +185,7 @@ ASKED = {
 MATRICES = {
     "text": (r"text\.layers\.[0135]\.(self_attn|mlp)\..*", 4 * 7),
     "cross": (r"text\.layers\.[246]\.(cross_attn|mlp)\..*", 3 * 7),
-    "vision": (r"vision\..*", 7 * 6 + 1),
+    "vision": (r"vision\..*", 7 * 6),
     "projector": (r"projector", 1),
     "head": (r"text\.lm_head", 1),
 }
@@ -245,16 +247,21 @@ def test_it_takes_what_was_planned(quantised):
 def test_the_command_reports_the_plan_of_the_integers(capsys):
     picture = str(EMBEDDED_MODEL / "examples" / "scene.png")
     ask = ["--prompt", "Describe the image.", "--image", picture, "--stats", "--max-new-tokens=3"]
-    ask += ["--temperature", "1", "--top-p", "0.9", "--seed", "1", "--ignore-stop"]
     how = ["--quantize", "int4", "--quantize-all", "--quantize-group", "32", "--device", "cpu"]
-    memory = answer(capsys, *ask, *how)["stats"]["memory"]
-    assert memory == 0
+    asked = choose_quantization("int4", everything=True, group=32)
+    stats = answer(capsys, *ask, "--temperature=1", "--ignore-stop", *how)
+    planned = stats["ledger"]["planned"]
+    assert planned["weights"] == plan_memory(EMBEDDED_MODEL, quantize=asked).weights
+    assert stats["memory"] == {name: planned[name] for name in ("weights", *CACHES)} | {
+        "peak": planned["total"]
+    }
+    assert stats["dtype"] == "bfloat16"
 
 
 @needs_compiler
-@pytest.mark.parametrize("form", ["int8", "int4"])
-def test_compiled_steps_answer_alike(form):
-    model = load_pico(form)
+def test_compiled_steps_answer_alike():
+    """With both formats in one model."""
+    model = load_pico(ASKED["cross"][0])
     how = {"max_new_tokens": 12, "temperature": 0, "ignore_stop": True}
     plain, compiled = (
         model.generate(pico_prompt(model), compiled=compiled, **how) for compiled in (False, True)
@@ -310,9 +317,16 @@ MISTAKES = {
         "this checkpoint is quantised already and is read as int8 (text, cross); leave out "
         "--quantize (quantize), or give none",
     ),
-    "a format that there is not": (
-        of_tiny(quantize=Quantization(text=Format(4, 16))),
-        "16",
+    **{
+        f"a format of {bits!r} bits, {group!r}": (
+            lambda how=(bits, group): Format(*how),
+            f"a format of {bits!r} bits in groups of {group!r}; expected 8 and 0, or 4 and one of",
+        )
+        for bits, group in ((3, 32), (4, 0), (4, 16), (4, 100), (4, 32.0), (8, 128), ("4", 32))
+    },
+    "a name for a format": (
+        lambda: Quantization(text="int8"),
+        "text is 'int8'; expected a Format or None, see choose_quantization",
     ),
 }
 
@@ -364,8 +378,8 @@ def adapter(tmp_path_factory) -> tuple[Path, Path]:
 def save_as_checkpoint(directory: Path, weights: dict[str, Tensor]) -> None:
     for path in TINY.glob("*config.json"):
         (directory / path.name).write_bytes(path.read_bytes())
-    names = {name: official_names(name)[0] for name in weights}
-    tensors = {names[name]: tensor.contiguous() for name, tensor in weights.items()}
+    official = official_names(list(weights)).items()
+    tensors = {name: weights[ours].contiguous() for name, ours in official}
     save_file(tensors, directory / "model.safetensors")
 
 
@@ -429,4 +443,19 @@ def test_the_devices_of_a_plan_hold_the_whole_model(size, quantize):
 
     whole = weights(1)
     for devices in (2, 4, 8):
-        assert whole <= devices * weights(devices) < 1.1 * whole
+        assert whole <= devices * weights(devices) < 1.25 * whole
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rows_past_the_end_of_a_quantised_head_are_zeros(rank, monkeypatch):
+    """Of pico's 485 tokens the second of two devices has one less than the first."""
+    monkeypatch.setattr("llama_vision.model.parallel.rank", lambda: rank)
+    how = {"device": "cpu", "quantize": choose_quantization("int8", everything=True)}
+    model = LlamaVision.without_weights(EMBEDDED_MODEL, devices=2, **how)
+    model.load_weights()
+    whole, head = LlamaVision.without_weights(EMBEDDED_MODEL, **how), model.model.text.lm_head
+    monkeypatch.setattr("llama_vision.model.parallel.rank", lambda: 0)
+    whole.load_weights()
+    x, here = random_weight(3, head.in_features).bfloat16(), slice(243 * rank, 243 * (rank + 1))
+    want = torch.nn.functional.pad(whole.model.text.lm_head(x), (0, 1))[:, here]
+    assert torch.equal(head(x), want)

@@ -217,7 +217,7 @@ def test_an_adapter_is_named_with_its_model(tmp_path, data, base, with_config):
     if with_config:
         shutil.copy(TINY / "config.json", tmp_path)
     message = refusal(lambda: LlamaVision.from_pretrained(tmp_path, device="cpu"))
-    assert "is an adapter (LoRA), not a model: merge it into " in message
+    assert "is an adapter (LoRA), not a model: load " in message
     assert base in message
 
 
@@ -225,7 +225,7 @@ def test_an_adapter_s_repository_is_named_too(hub: StubHub):
     for path in hub.directory.glob("*.json"):
         path.unlink()
     (hub.directory / "adapter_config.json").write_text('{"base_model_name_or_path": "a/b"}')
-    assert "merge it into a/b" in refusal(lambda: find_checkpoint(REPO))
+    assert "load a/b and give this with --adapter" in refusal(lambda: find_checkpoint(REPO))
     assert hub.fetched == ["adapter_config.json"]
 
 

@@ -47,40 +47,47 @@ def save_quantized(
         CheckpointError: the weights cannot be read, see `loading`, or `out` cannot be written.
     """
     found = find_weights(directory, config)
-    deltas = {} if adapter is None else adapter.deltas
-    reader = Reader(BUFFER_BYTES)
-    model = model_without_weights(config)
     names = {ours: official for official, ours in official_names(list(found)).items()}
     forms = {
         f"{name}.weight": module.form
-        for name, module in model.named_modules()
+        for name, module in model_without_weights(config).named_modules()
         if isinstance(module, QuantizedLinear)
     }
+    deltas, reader = {} if adapter is None else adapter.deltas, Reader(BUFFER_BYTES)
+    sources = [Source(ours, one, reader, deltas.get(ours)) for ours, one in found.items()]
+    about = read_json(directory / "config.json", CheckpointError)
+    about |= {"quantization_config": describe(forms, names), "torch_dtype": "bfloat16"}
     try:
         if out.exists() and any(out.iterdir()):
             raise CheckpointError(f"{shown(out)} is not empty; expected a new directory")
         out.mkdir(parents=True, exist_ok=True)
-        header: Header = {}
-        for ours, stored in found.items():
-            header |= _declared(names[ours], stored.shape, forms.get(ours), TYPES[dtype])
-        part = out / f"{SINGLE}.part"
-        with (
-            part.open("wb") as file,
-            tqdm(total=len(found), desc="saving", disable=None, leave=False) as bar,
-        ):
-            size = _write_header(file, header)
-            for ours, stored in found.items():
-                source = Source(ours, stored, reader, deltas.get(ours))
-                for tensor in _tensors(source, forms.get(ours), dtype):
-                    _write(file, tensor)
-                bar.update()
-        part.rename(out / SINGLE)
+        size = _save_weights(out, sources, names, forms, dtype)
         _copy_others(directory, out)
-        about = read_json(directory / "config.json", CheckpointError)
-        about |= {"quantization_config": describe(forms, names), "torch_dtype": "bfloat16"}
         (out / "config.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{shown(out)} cannot be written: {error.strerror}") from None
+    return size
+
+
+def _save_weights(
+    out: Path,
+    sources: list[Source],
+    names: dict[str, str],
+    forms: dict[str, Format],
+    dtype: torch.dtype,
+) -> int:
+    """One file, which has its name when it is whole; the bytes of its data."""
+    header: Header = {}
+    for source in sources:
+        form = forms.get(source.name)
+        header |= _declared(names[source.name], source.stored.shape, form, TYPES[dtype])
+    part = out / f"{SINGLE}.part"
+    with part.open("wb") as file:
+        size = _write_header(file, header)
+        for source in tqdm(sources, desc="saving", unit="tensor", disable=None, leave=False):
+            for tensor in _tensors(source, forms.get(source.name), dtype):
+                _write(file, tensor)
+    part.rename(out / SINGLE)
     return size
 
 

@@ -54,7 +54,8 @@ def read_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     _add_answer(parser.add_argument_group("answer"))
     _add_pruning(parser.add_argument_group("pruning"))
     _add_showing(parser.add_argument_group("what was kept, to look at"))
-    _add_memory(parser.add_argument_group("device and memory"))
+    _add_device(parser.add_argument_group("device and weights"))
+    _add_memory(parser.add_argument_group("memory"))
     return parser.parse_args([_with_dashes(argument) for argument in arguments])
 
 
@@ -164,7 +165,7 @@ def _add_showing(group: Group) -> None:
     )
 
 
-def _add_memory(group: Group) -> None:
+def _add_device(group: Group) -> None:
     add = group.add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
@@ -175,6 +176,10 @@ def _add_memory(group: Group) -> None:
         metavar="N",
         help="with --plan or --fit, of each of N devices that torchrun divides the model among",
     )
+
+
+def _add_memory(group: Group) -> None:
+    add = group.add_argument
     add("--max-seq-len", type=whole, metavar="N", help="most tokens of prompt and answer together")
     add(
         "--prefill-chunk",
