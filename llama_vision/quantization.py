@@ -22,6 +22,14 @@ class Format:
     bits: int
     group: int = 0
 
+    def __post_init__(self) -> None:
+        whole = type(self.bits) is int and type(self.group) is int
+        if not whole or (self.bits, self.group) not in {(8, 0), *((4, size) for size in GROUPS)}:
+            raise SettingError(
+                f"a format of {quote(self.bits)} bits in groups of {quote(self.group)}; expected "
+                f"8 and 0, or 4 and one of {GROUPS}"
+            )
+
     def __str__(self) -> str:
         return f"int{self.bits}" + (f" in groups of {self.group}" if self.group else "")
 
@@ -47,6 +55,13 @@ class Quantization:
     """Single matrices, by the name of their module, that are kept otherwise than their part."""
     stored: bool = False
     """Whether the checkpoint's own matrices are of these formats, and so are read as they are."""
+
+    def __post_init__(self) -> None:
+        for part in PARTS:
+            if not isinstance(form := getattr(self, part), Format | None):
+                raise SettingError(
+                    f"{part} is {quote(form)}; expected a Format or None, see choose_quantization"
+                )
 
     def __str__(self) -> str:
         """As a phrase, such as `int4 in groups of 128 (text, cross)`."""

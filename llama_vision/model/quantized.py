@@ -161,7 +161,8 @@ class QuantizedLinear(nn.Module):
             packed = self.weight[here].reshape(-1, inputs, size // 2)  # [blocks, in, size / 2]
             q = nibbles(packed, in_halves and size == block).view(torch.int8).sub_(8)
             weights = buffer[start * inputs : end * inputs].view(q.shape).copy_(q)
-            scale = self.scale[:, here, 0].unflatten(1, (-1, 1, size)).transpose(0, 1)
+            scale = self.scale[:, here, 0].contiguous()  # four times as fast to multiply by
+            scale = scale.unflatten(1, (-1, 1, size)).transpose(0, 1)  # [blocks, in / g, 1, size]
             weights.unflatten(1, (-1, self.form.group)).mul_(scale)  # [blocks, in / g, g, size]
             parts.append(weights.transpose(0, 1).reshape(inputs, -1))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

@@ -50,7 +50,7 @@ CONFIG = {
         "norm_eps": 1e-5,
     },
 }
-DTYPES = ("bfloat16", "float32")
+DTYPES = ("bfloat16", "float32", "int8", "int4")
 
 
 def main() -> None:
@@ -126,7 +126,8 @@ def load(directory: Path, dtype: str) -> dict:
 
     baseline = status_bytes("VmRSS")
     start = time.perf_counter()
-    model = LlamaVision.from_pretrained(directory, device="cpu", dtype=dtype)
+    how = {"quantize" if dtype.startswith("int") else "dtype": dtype}
+    model = LlamaVision.from_pretrained(directory, device="cpu", **how)
     seconds = time.perf_counter() - start
     peak = status_bytes("VmHWM")
     model_bytes = sum(parameter.nbytes for parameter in model.model.parameters())
