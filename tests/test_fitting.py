@@ -31,8 +31,8 @@ def room(monkeypatch):
         (
             3 * 2**20,
             "the weights take 3.6 MiB in float32 and 3.0 MiB are free on cpu, 573.3 KiB too few; "
-            "try --dtype bfloat16 (half the size) or --quantize int8 (1.4 MiB), or go on all the same "
-            "with --force (force=True)",
+            "try --dtype bfloat16 (half the size) or --quantize int8 (1.4 MiB), or go on all the "
+            "same with --force (force=True)",
         ),
         (2**20, "a smaller model or a larger device is needed"),
     ],

@@ -12,13 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CASES, assert_close, golden_tensors
-from parallel_worker import PRUNED, RULES, checkpoint_for, results
+from parallel_worker import PRUNED, RULES, checkpoint_for, part_of, results
 
+from llama_vision import LlamaVision
 from llama_vision.cache.kv import Cache
+from llama_vision.checkpoint.hub import EMBEDDED_MODEL
 from llama_vision.config import Config, divided, official_config
 from llama_vision.engine.workload import workload_alike
 from llama_vision.errors import SettingError
-from llama_vision.memory.plan import plan_run, weight_bytes
+from llama_vision.memory.plan import plan_run, weight_bytes, weight_parts
 from llama_vision.model.parallel import ParallelError, agree, gather, least, start, total
 
 WORKER = str(Path(__file__).with_name("parallel_worker.py"))
@@ -214,3 +216,34 @@ def test_what_cannot_be_divided_is_named(part, name, size, words):
         caught.value
     )
     assert divided(config, 4).text.devices == divided(config, 4).vision.devices == 4
+
+
+def test_a_checkpoint_that_so_many_devices_cannot_divide_is_not_read():
+    with pytest.raises(SettingError, match="4 devices cannot divide this model's 2 key/value"):
+        LlamaVision.without_weights(EMBEDDED_MODEL, device="cpu", devices=4)
+
+
+def test_loading_gives_each_device_its_part(monkeypatch):
+    """Of the files; pico's vocabulary is divided with a row to spare."""
+    directory, devices = EMBEDDED_MODEL, 2
+    whole = dict(LlamaVision.from_pretrained(directory, device="cpu").model.named_parameters())
+    for rank in range(devices):
+        monkeypatch.setattr("llama_vision.model.parallel.rank", lambda rank=rank: rank)
+        model = LlamaVision.without_weights(directory, device="cpu", devices=devices)
+        planned = sum(weight_parts(model.config, torch.bfloat16).values())
+        model.load_weights()
+        parameters = dict(model.model.named_parameters())
+        assert sum(parameter.nbytes for parameter in parameters.values()) == planned
+        for name, parameter in parameters.items():
+            want = part_of(name, whole[name].float(), parameter.shape, rank)
+            assert torch.equal(parameter.float(), want), name
+
+
+def test_the_command_answers_as_one_device(tmp_path):
+    picture = EMBEDDED_MODEL / "examples" / "sign.png"
+    question = ["--image", str(picture), "--prompt", "What does the text say?", "--keep", "0.5"]
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command = [*run, "-m", "llama_vision", *question, "--stats"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "Undone\n"
+    assert done.stderr.count("memory        ") == 1
