@@ -4,8 +4,9 @@ import argparse
 from collections.abc import Sequence
 from typing import IO, Any, NoReturn
 
-from llama_vision.cache.pruning import Pruner, PruningError
-from llama_vision.cache.rules import COUNTED_RULES, MaxMin, TrimmedLlama
+from llama_vision.cache.choose_rule import RULE_OPTIONS, choose_rule
+from llama_vision.cache.pruning import Pruner
+from llama_vision.cache.rules import COUNTED_RULES
 from llama_vision.checkpoint.hub import EMBEDDED_MODEL
 from llama_vision.cli.parsing import SHOWN_RULES, number, real, rule_names, text, whole
 from llama_vision.cli.terminal import write
@@ -244,20 +245,7 @@ def build_quantization(options: argparse.Namespace) -> str | Quantization | None
 
 def build_pruner(options: argparse.Namespace) -> Pruner | None:
     """The rule that --keep, --pruner or --k-ratio asks for."""
-    if options.pruner is not None and options.keep is None:
-        raise PruningError("--pruner NAME needs to know how many tokens; give --keep R|N too")
-    if options.k_ratio is not None and options.keep is not None:
-        raise PruningError("--k-ratio is Trimmed Llama; leave out --k-ratio or --keep")
-    if options.merge and options.k_ratio is None and options.pruner is None:
-        raise PruningError("--merge is of --k-ratio R or --pruner NAME; --keep alone merges anyway")
-    if options.k_ratio is not None:
-        return TrimmedLlama(options.k_ratio, merge=options.merge)
-    if options.keep is None:
-        return None
-    if options.pruner is None:
-        return MaxMin(options.keep, merge=True)
-    seed = {"seed": options.seed or 0} if options.pruner == "random" else {}
-    return COUNTED_RULES[options.pruner](options.keep, merge=options.merge, **seed)
+    return choose_rule(**{name: getattr(options, name) for name in (*RULE_OPTIONS, "seed")})
 
 
 def _with_dashes(argument: str) -> str:

@@ -32,6 +32,7 @@ from llama_vision.engine.capture import check_compiler
 from llama_vision.engine.engine import Engine
 from llama_vision.engine.request import Request
 from llama_vision.engine.settings import Settings
+from llama_vision.engine.settings_json import SETTING_NAMES
 from llama_vision.engine.workload import DEFAULT_SEQ_LEN, workload_alike
 from llama_vision.errors import SettingError, some
 from llama_vision.inputs.chat import (
@@ -53,24 +54,6 @@ from llama_vision.show.write import check_target, show_kept
 from llama_vision.values import Whole, check
 
 __all__ = ["EXIT_INTERRUPTED", "EXIT_USAGE", "main"]
-
-SETTINGS = (
-    "max_new_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "seed",
-    "stop",
-    "ignore_stop",
-    "top_logprobs",
-    "visual_budget",
-    "max_seq_len",
-    "max_tiles",
-    "prefill_chunk",
-)
-"""Of `Settings`, those with a flag of the same name."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -156,7 +139,7 @@ def check_question(options: argparse.Namespace) -> None:
 
 def chosen_settings(options: argparse.Namespace) -> dict[str, Any]:
     """Those of `Settings` that were given; the others stay at its defaults."""
-    given = {name: getattr(options, name) for name in SETTINGS}
+    given = {name: getattr(options, name) for name in SETTING_NAMES}
     given["pruner"] = build_pruner(options)
     if options.guard and options.temperature is None:
         given["temperature"] = 0  # a verdict is no matter of chance
