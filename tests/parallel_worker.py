@@ -148,4 +148,5 @@ def run(directory: Path, what: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("llama-vision", lambda: run(Path(sys.argv[1]), sys.argv[2])))
+    code = run_command("llama-vision", lambda: run(Path(sys.argv[1]), sys.argv[2]))
+    sys.exit(parallel.leave(code))

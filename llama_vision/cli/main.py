@@ -59,7 +59,7 @@ __all__ = ["EXIT_INTERRUPTED", "EXIT_USAGE", "main"]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code, see `run_command`."""
     given = sys.argv[1:] if arguments is None else arguments
-    return run_command("llama-vision", lambda: run_divided(read_arguments(given)))
+    return parallel.leave(run_command("llama-vision", lambda: run_divided(read_arguments(given))))
 
 
 def run_divided(options: argparse.Namespace) -> int:

@@ -85,10 +85,25 @@ def _places(environment: Mapping[str, str]) -> tuple[int, int, int]:
     return size, number, local
 
 
+_broken = False
+"""Whether another process has gone."""
+
+
 def stop() -> None:
     """Part from the others, if there are any."""
-    if is_shared():
+    if is_shared() and not _broken:
         dist.destroy_process_group()
+
+
+def leave(code: int) -> int:
+    """The exit code; where another process has gone, end at once with it.
+
+    Threads of gloo that wait for the other one are never joined then, and C++ aborts a program that
+    ends in the usual way with them. Flush what was printed first.
+    """
+    if _broken:
+        os._exit(code)
+    return code
 
 
 def rank() -> int:
@@ -164,6 +179,8 @@ def told() -> Iterator[None]:
     except RuntimeError as error:
         if not is_shared() or isinstance(error, torch.OutOfMemoryError):
             raise
+        global _broken
+        _broken = True
         raise ParallelError(
             "another process of this run has ended, or cannot be reached, and so this one ends; "
             "see what the other one said, and start all of them again"
