@@ -9,17 +9,20 @@ import torch
 from torch import Tensor
 
 from llama_vision.cache.kv import Cache
-from llama_vision.cache.pruning import Pruner, traits_of
+from llama_vision.cache.pruning import Pruner
+from llama_vision.chat.chat import Chat
 from llama_vision.checkpoint.generation_json import read_generation_config
 from llama_vision.checkpoint.loading import load_model
 from llama_vision.checkpoint.outline import Outline, read_outline
 from llama_vision.engine.choose import not_finite
 from llama_vision.engine.engine import Engine
+from llama_vision.engine.image_cache import ImageCache
 from llama_vision.engine.prefill import prefill
 from llama_vision.engine.request import Completion, Request
 from llama_vision.engine.sampling import Sampling
 from llama_vision.engine.settings import Settings
-from llama_vision.engine.workload import SLOTS, PromptSize, Workload
+from llama_vision.engine.workload import Workload
+from llama_vision.engine.workload_of import workload_of
 from llama_vision.errors import SettingError
 from llama_vision.inputs.chat import Prompt, chat_prompt
 from llama_vision.inputs.guard import llama_guard_prompt
@@ -29,6 +32,7 @@ from llama_vision.inputs.tokenizer import Tokenizer, load_tokenizer, needed
 from llama_vision.memory.fit import Room, check_before_download, check_weights_fit
 from llama_vision.memory.ledger import Ledger
 from llama_vision.memory.plan import MemoryPlan, plan_run
+from llama_vision.memory.units import human_bytes
 from llama_vision.model.model import LlamaVisionModel, model_without_weights
 from llama_vision.quantization import Quantization
 from llama_vision.values import Flag, check, check_flags
@@ -51,12 +55,21 @@ class LlamaVision:
         """Of the checkpoint that it is from."""
         self.config = model.config
         self.tokenizer = tokenizer
+        self.image_cache: ImageCache | None = None
+        """Set one to keep the features of pictures for later prompts about them."""
         self.sampling = sampling or Sampling()
         self.stop_ids = frozenset(self.config.text.eos_token_ids if stop_ids is None else stop_ids)
         if tokenizer is not None:  # a turn ends there, whatever the checkpoint's files leave out
             self.stop_ids |= {tokenizer.special_ids[name] for name in ("<|eot_id|>", "<|eom_id|>")}
         self.unsupported_settings: tuple[str, ...] = ()
         """What generation_config.json asks for beside that, by name: it is left out."""
+
+    def __repr__(self) -> str:
+        name = "" if self.outline is None else f" {self.outline.name}"
+        size = human_bytes(sum(parameter.nbytes for parameter in self.model.parameters()))
+        facts = f"{size}, {str(self.model.dtype).removeprefix('torch.')}, {self.device}"
+        forms = self.config.quantization
+        return f"<LlamaVision{name}: {facts}{f', {forms}' if forms else ''}>"
 
     @classmethod
     def from_pretrained(
@@ -149,7 +162,7 @@ class LlamaVision:
             prompt.token_ids,
             self.tile(prompt, max_tiles),
             pruner=pruner,
-            visual_budgets=[] if visual_budget is None else [visual_budget],
+            visual_budgets=[visual_budget],
             every_row=True,
         ).logits
         if not logits.isfinite().all():
@@ -183,6 +196,11 @@ class LlamaVision:
         self.need_tokenizer()
         engine, (request,) = self.start([prompt], **settings)
         yield from engine.stream(request)
+
+    def chat(self, **how: Any) -> Chat:
+        """A conversation that keeps its place in a cache; `how`: see `Chat`."""
+        self._need_weights()
+        return Chat(self, **how)
 
     def start(
         self,
@@ -235,25 +253,11 @@ class LlamaVision:
         **settings: Any,
     ) -> Workload:
         """The sizes of the run that `start` would make of the same; no picture is cut up."""
-        asked, config = Settings().but(**settings), self.config
         prompts = read_prompts(prompts, self.prompt)
+        asked = Settings().but(**settings)
         asked.of_samples(len(prompts), seed)
-        if slots is not None:
-            check("slots", slots, SLOTS)
-        tiles = asked.limited("max_tiles", config.vision.max_num_tiles)
-        sizes = tuple(PromptSize.of(prompt, config, tiles) for prompt in prompts)
-        allowed = config.text.max_position_embeddings
-        load = Workload(
-            sizes,
-            min(slots or len(sizes), len(sizes)),
-            max(asked.limit(len(size.token_ids), allowed) for size in sizes),
-            asked.prefill_chunk,
-            pruner=None if asked.pruner is None else traits_of(asked.pruner),
-            visual_budget=asked.visual_budget,
-            padding_tiles_alike=self.model.vision.padding_tiles_alike,
-        )
-        load.check_budget(config)
-        return load
+        alike = self.model.vision.padding_tiles_alike
+        return workload_of(prompts, asked, self.config, slots=slots, padding_tiles_alike=alike)
 
     @property
     def room(self) -> Room:

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools" / "bench"))
 
 from limits import decode_bytes, encode_operations, prefill_operations
 from models import middle_config
+from progress import redraw
 
 from llama_vision.config import official_config
 from llama_vision.model.model import model_without_weights
@@ -113,3 +114,12 @@ def text_weights(text):
 def test_the_middle_model_has_about_340_million_parameters():
     parameters = sum(p.numel() for p in model_without_weights(middle_config()).parameters())
     assert 320e6 < parameters < 380e6
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_drawn_on_a_terminal_only(capsys, monkeypatch, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    redraw("round 1 of 2")
+    redraw()
+    drawn = f"\r{'round 1 of 2':<60}\r\r{'':<60}\r"
+    assert capsys.readouterr().err == (drawn if terminal else "")

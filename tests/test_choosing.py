@@ -140,7 +140,7 @@ def test_a_processor_that_fails_ends_its_own_request(tiny, processor, says):
     assert bad.finish_reason == "interrupted"
     assert len(bad.token_ids) == 2
     assert_same(engine.run(good)[0], tiny.generate(good.prompt, max_new_tokens=6, **GREEDY))
-    assert engine.held == {}
+    assert engine.slots.held == {}
 
 
 def test_a_processor_cannot_change_what_it_is_shown(tiny):

@@ -19,6 +19,7 @@ from llama_vision import (
     TrimmedLlama,
     UniformGrid,
 )
+from llama_vision.cache.kv import CacheError
 from llama_vision.cache.pruning import PruningError
 from llama_vision.engine.engine import EngineError
 from llama_vision.errors import SettingError
@@ -95,7 +96,7 @@ def all_idle(engine):
     text, visual = engine.cache.text, engine.cache.visual
     nothing = [0] * engine.cache.slots
     lengths = text.lengths == nothing and visual.lengths == [nothing] * len(visual.lengths)
-    return lengths and not engine.held and not engine.waiting
+    return lengths and not engine.slots.held and not engine.waiting
 
 
 def test_two_hundred_random_requests_are_each_answered_as_if_alone(small):
@@ -107,11 +108,11 @@ def test_two_hundred_random_requests_are_each_answered_as_if_alone(small):
         prompt, settings = random_prompt(small, draw), random_settings(draw)
         asked.append(engine.submit(prompt, settings, after=after, hold=draw.random() < 0.4))
 
-    while len(asked) < 200 or engine.held or engine.waiting:
+    while len(asked) < 200 or engine.slots.held or engine.waiting:
         if len(asked) < 200 and (not asked or draw.random() < 0.5):
             submit()
         gone_on_from = [request.after for request in engine.waiting]
-        for request in list(engine.held.values()):
+        for request in list(engine.slots.held.values()):
             ended = request.finish_reason and request not in gone_on_from
             if ended and draw.random() < 0.5:
                 if len(asked) < 200 and engine.cache.text.lengths[request.slot] < 60:
@@ -122,8 +123,8 @@ def test_two_hundred_random_requests_are_each_answered_as_if_alone(small):
         if unfinished and draw.random() < 0.08:
             engine.cancel(draw.choice(unfinished))
         before = {request: len(request.token_ids) for request in asked}
-        if any(request.finish_reason is None for request in engine.held.values()) or (
-            engine.waiting and len(engine.held) < 4
+        if any(request.finish_reason is None for request in engine.slots.held.values()) or (
+            engine.waiting and len(engine.slots.held) < 4
         ):
             moved = engine.step()
             grown = [r for r in asked if len(r.token_ids) == before[r] + 1]
@@ -196,7 +197,7 @@ def test_a_slot_whose_answer_has_ended_takes_the_next_request(small):
         for count in (9, 2, 2, 2)
     ]
     assert [engine.step(), engine.step()] == [[long], [short[0]]]  # a prefill each
-    slots = {request: slot for slot, request in engine.held.items()}
+    slots = {request: slot for slot, request in engine.slots.held.items()}
     assert engine.step() == [long, short[0]]
     assert (short[0].finish_reason, short[0].slot) == ("length", None)
     assert engine.step() == [short[1]]
@@ -233,7 +234,7 @@ def test_release_and_close_give_all_slots_back(small):
     engine.run(first, second)
     engine.release(first)
     engine.step()
-    assert sorted(engine.held) == [0, 1]
+    assert sorted(engine.slots.held) == [0, 1]
     assert third.finish_reason is None
     waiting = engine.submit(random_prompt(small, draw))
     engine.close()
@@ -338,7 +339,7 @@ def test_a_pruner_that_fails_loses_nothing_of_the_others(small, pruner, says):
     with pytest.raises(PruningError, match=says):
         engine.run(before, *after)
     assert bad.finish_reason == "interrupted"
-    assert bad not in engine.held.values()
+    assert bad not in engine.slots.held.values()
     for request, completion in zip(
         (decoding, before, *after), engine.run(decoding, before, *after), strict=True
     ):
@@ -428,3 +429,94 @@ def test_tiles_that_are_not_the_model_s_are_refused(tiny, shape, grid):
     prompt = Prompt([512, 1], [TiledImage(torch.zeros(shape), grid, 1)])
     with pytest.raises(ImageError, match=r"expected \[\d, 3, 56, 56\], and at most 4 tiles"):
         tiny.generate(prompt)
+
+
+def conversation(small, engine, draw, turns, **settings):
+    """Requests that go on from one another, each held."""
+    requests = []
+    for number in range(turns):
+        prompt = random_prompt(small, draw, images=number % 2)
+        after = requests[-1] if requests else None
+        request = engine.submit(prompt, after=after, hold=True, max_new_tokens=4, **settings)
+        engine.run(request)
+        requests.append(request)
+    return requests
+
+
+def as_one(small, requests, answers, prompt):
+    """The answer to the same conversation and one more prompt, run at once."""
+    ids, images = [], []
+    for request, answer in zip(requests, answers, strict=True):
+        ids += [*request.prompt.token_ids, *answer]
+        images += request.prompt.images
+    whole = Prompt([*ids, *prompt.token_ids], [*images, *prompt.images])
+    return small.generate(whole, max_new_tokens=5, **GREEDY)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_replaced_answer_is_what_the_conversation_goes_on_from(small, seed):
+    """Longer, shorter, equal or empty, like the one that was made in the beginning or not."""
+    draw, engine = random.Random(seed), new_engine(small)
+    requests = conversation(small, engine, draw, 3, **GREEDY)
+    answers = [request.token_ids for request in requests]
+    made = answers[-1][: draw.randint(0, 4)]
+    answers[-1] = made + [draw.randrange(60) for _ in range(draw.randint(0, 4))]
+    engine.replace_answer(requests[-1], answers[-1])
+    prompt = random_prompt(small, draw, images=0)
+    got = engine.run(engine.submit(prompt, after=requests[-1], max_new_tokens=5, **GREEDY))[0]
+    want = as_one(small, requests, answers, prompt)
+    assert got.token_ids == want.token_ids
+    assert_close("logprobs", torch.tensor(got.logprobs), torch.tensor(want.logprobs), 1e-4)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_undone_requests_are_as_if_they_had_never_been(small, seed):
+    draw, engine = random.Random(seed), new_engine(small)
+    first, second, third = conversation(small, engine, draw, 3, **GREEDY)
+    assert engine.undo(third) is second
+    fourth = random_prompt(small, draw)
+    got = engine.run(engine.submit(fourth, after=second, max_new_tokens=5, **GREEDY))[0]
+    want = as_one(small, [first, second], [first.token_ids, second.token_ids], fourth)
+    assert got.token_ids == want.token_ids
+    with pytest.raises(EngineError, match="not held any more"):
+        engine.undo(third)
+
+
+def test_undoing_all_of_a_conversation_frees_its_slot(small):
+    engine = new_engine(small, slots=1)
+    first, second = conversation(small, engine, random.Random(0), 2, **GREEDY)
+    assert engine.undo(second) is first
+    assert engine.undo(first) is None
+    assert engine.slots.held == {}
+
+
+def test_an_image_that_took_the_place_of_another_cannot_be_undone(small):
+    engine, draw = new_engine(small), random.Random(3)
+    before = engine.submit(random_prompt(small, draw, images=1), hold=True, max_new_tokens=2)
+    engine.run(before)
+    after = engine.submit(random_prompt(small, draw, images=1), after=before, hold=True)
+    engine.run(after)
+    held = dict(engine.slots.held), list(engine.cache.text.lengths)
+    with pytest.raises(CacheError, match="a later image"):
+        engine.undo(after)
+    assert held == (engine.slots.held, engine.cache.text.lengths)
+
+
+def test_only_a_finished_request_that_is_held_can_be_undone_or_replaced(small):
+    engine = new_engine(small)
+    request = engine.submit(Prompt([1]), hold=True, max_new_tokens=3, **GREEDY)
+    for change in (engine.undo, lambda request: engine.replace_answer(request, [1])):
+        with pytest.raises(EngineError, match="not held"):
+            change(request)
+    engine.step()
+    with pytest.raises(EngineError, match="has not finished"):
+        engine.undo(request)
+    engine.run(request)
+    for ids in ([-1], [10**6], [small.config.text.image_token_id], ["a"]):
+        with pytest.raises(PromptError):
+            engine.replace_answer(request, ids)
+    waiting = engine.submit(Prompt([1]), after=request)
+    with pytest.raises(EngineError, match="has gone on"):
+        engine.undo(request)
+    engine.cancel(waiting)
+    assert engine.undo(request) is None

@@ -1,10 +1,16 @@
 """Where checkpoints come from: directories, the local cache, a hub; `weights/download.py`."""
 
+import fcntl
 import os
+import pty
 import runpy
 import shutil
+import struct
 import subprocess
 import sys
+import termios
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -211,12 +217,37 @@ def test_a_repository_without_safetensors_is_told(hub, capsys):
     assert "has no model.safetensors" in capsys.readouterr().err
 
 
-def test_it_runs_from_anywhere_without_being_installed(repository, tmp_path):
+def run_from_anywhere(repository, tmp_path, stderr):
+    """It, without being installed; the process, whose stderr may still be read."""
     command = [sys.executable, str(SCRIPT), REPO, "--to", "here"]
     with StubHub(repository) as hub:
         how = {"cwd": tmp_path, "env": environment(ENDPOINT=hub.url, HOME=tmp_path / "home")}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, **how)
-    assert done.returncode == 0, done.stderr
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, text=True, **how)
+    assert done.returncode == 0
     assert done.stdout.splitlines()[-1] == f"--model {tmp_path / 'here'}"
     assert_copied(tmp_path / "here")
-    assert "Fetching" in done.stderr, "no progress was shown"
+    return done
+
+
+def test_into_a_pipe_no_progress_is_drawn(repository, tmp_path):
+    assert run_from_anywhere(repository, tmp_path, subprocess.PIPE).stderr == ""
+
+
+def test_on_a_terminal_progress_is_drawn(repository, tmp_path):
+    screen, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 40, 120, 0, 0))
+    with ThreadPoolExecutor(1) as reader:
+        told = reader.submit(read_to_the_end, screen)
+        run_from_anywhere(repository, tmp_path, terminal)
+        os.close(terminal)
+        assert f"Fetching {len(NEEDED)} files: 100%" in told.result().decode()
+    os.close(screen)
+
+
+def read_to_the_end(screen: int) -> bytes:
+    """What is written to a terminal until nobody holds it any more."""
+    told = b""
+    with suppress(OSError):  # how Linux says that
+        while part := os.read(screen, 4096):
+            told += part
+    return told

@@ -97,12 +97,32 @@ def test_the_peak_of_the_embedded_model_is_planned(batch, tiles, dtype):
     model = LlamaVision.from_pretrained(EMBEDDED_MODEL, device="cpu", dtype=dtype)
     side = model.config.vision.image_size * {1: 1, 4: 2}[tiles]
     ids = [1, model.config.text.image_token_id, *range(2, 30)]
-    prompts = [Prompt(ids, [Image.new("RGB", (side, side))])] * batch
+    # Different pictures: of equal ones the features are held for the prompts that wait.
+    prompts = [Prompt(ids, [Image.new("RGB", (side, side), (i, 0, 0))]) for i in range(batch)]
     model.generate(prompts[0], max_new_tokens=1)  # what is done once in a process
     engine, requests = model.start(prompts, max_new_tokens=4, track_memory=True, **DRAWN)
     live = live_bytes(lambda: engine.run(*requests))
     plan = assert_as_planned(model, engine)
     assert engine.ledger.peak == plan.total <= plan.weights + engine.cache.nbytes + max(live)
+
+
+@pytest.mark.parametrize("slots", [None, 2])
+def test_features_that_several_prompts_share_are_planned(tiny, slots):
+    (one,), (other,) = case_prompts("bos_image"), case_prompts("image_first")
+    prompts = [one, other, one, one, other]
+    engine = run(tiny, prompts, max_new_tokens=3, slots=slots)
+    load = engine.workload
+    plan = plan_run(tiny.config, load, dtype=torch.float32, device="cpu")
+    shared = sum(sum(load.prompts[i].groups(tiny.config)) for i in (0, 1))
+    assert load.shared_tokens == shared
+    assert engine.counts.images == 2
+    assert plan.total - shared * 4 * tiny.config.text.hidden_size <= engine.ledger.peak
+    assert engine.ledger.peak <= plan.total
+    on_cuda = (
+        plan_run(tiny.config, w, dtype=torch.float32, device="cuda")
+        for w in (load, replace(load, shared_tokens=0))
+    )
+    assert len({plan.total for plan in on_cuda}) == 1  # there they are on the host
 
 
 @pytest.mark.parametrize("name", ["11b", "90b"])

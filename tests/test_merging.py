@@ -27,7 +27,7 @@ from llama_vision.cache.diversity import most_different
 from llama_vision.cache.merging import merge, nearest_kept
 from llama_vision.cache.pruning import PruningError, ask
 from llama_vision.cache.visual_tokens import VisualTokens
-from llama_vision.engine import prefill
+from llama_vision.engine import prefill, shared_images
 from llama_vision.engine.decode import Decoder
 
 GREEDY = {"temperature": 0, "ignore_stop": True}
@@ -82,7 +82,8 @@ def alike(monkeypatch):
         visual.features = visual.features[random_stands(visual, number)]
         return visual
 
-    monkeypatch.setattr(prefill, "encode_group", encode_alike)
+    for module in (prefill, shared_images):
+        monkeypatch.setattr(module, "encode_group", encode_alike)
 
 
 @pytest.mark.parametrize("needs_text", [True, False])
@@ -243,14 +244,14 @@ def test_an_assignment_needs_the_pruner_to_say_so(tiny):
 
 @pytest.mark.parametrize("make", [lambda: MaxMin(0.5), lambda: UniformGrid(0.5, merge=True)])
 def test_features_that_are_not_finite_are_told(tiny, monkeypatch, make):
-    encode = prefill.encode_group
+    encode = shared_images.encode_group
 
     def broken(*args):
         visual = encode(*args)
         visual.features[3, 2] = torch.nan
         return visual
 
-    monkeypatch.setattr(prefill, "encode_group", broken)
+    monkeypatch.setattr(shared_images, "encode_group", broken)
     with pytest.raises(PruningError, match="the visual features are not finite"):
         tiny.generate(case_prompts("bos_image"), max_new_tokens=1, pruner=make())
 

@@ -27,13 +27,14 @@ from llama_vision import (
 from llama_vision.checkpoint.hub import EMBEDDED_MODEL
 from llama_vision.cli.main import main
 from llama_vision.cli.parsing import SHOWN_RULES
+from llama_vision.drawing.palette import CLUSTERS, HEAT, VEIL, heat
+from llama_vision.drawing.panel import DROPPED, Panel, Picture, canvas_of
 from llama_vision.engine.segments import image_groups
 from llama_vision.inputs.image import open_image, tile_image
 from llama_vision.show.attention import look
-from llama_vision.show.kept import DROPPED, ROWS, Picture, Shown, ShownRule, Stop, canvas_of, gather
+from llama_vision.show.kept import ROWS, Shown, ShownRule, Stop, gather
 from llama_vision.show.page import embedded_json, make_page, page_data, quantised
-from llama_vision.show.palette import CLUSTERS, HEAT, VEIL, heat
-from llama_vision.show.picture import Panel, draw_picture
+from llama_vision.show.picture import draw_picture
 from llama_vision.show.write import ShowError, check_target, show_kept
 
 GREEDY = {"temperature": 0, "ignore_stop": True, "max_new_tokens": 2}

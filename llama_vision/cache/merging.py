@@ -8,10 +8,13 @@ members of a cluster are alike, that is exact.
 Source: ToMe's proportional attention, arXiv 2210.09461, section 3.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama_vision.cache.pruning import Kept
 from llama_vision.cache.visual_tokens import VisualTokens
 
 ROWS_AT_ONCE = 2048
@@ -71,3 +74,41 @@ def merge(features: Tensor, keep: Tensor, stands: Tensor) -> tuple[Tensor, Tenso
         some = slice(start, start + ROWS_AT_ONCE)
         total.index_add_(0, cluster[some], features[some].float())
     return total.div_(sizes[:, None]).type_as(features), sizes.log()
+
+
+class ChosenTokens(NamedTuple):
+    """What is left of a group of images once a pruner has answered."""
+
+    index: Tensor
+    """[n], int64: which of its tokens are kept."""
+    features: Tensor
+    """[n, D], those of merged tokens their clusters' means."""
+    kept: list[Tensor]
+    """Of each image: bool [t, P]."""
+    stands: list[Tensor]
+    """Of each image int64 [t, P], where tokens were merged; else empty."""
+    log_counts: Tensor | None
+    """[n], see `VisualContext`; None where nothing was merged."""
+
+    @classmethod
+    def of(cls, visual: VisualTokens, answer: Kept) -> "ChosenTokens":
+        """Drop or merge what a pruner does not keep."""
+        keep, stands = answer
+        kept = visual.of_each_image(keep)
+        index = keep.nonzero().squeeze(-1).to(visual.features.device)
+        if stands is None:
+            return cls(index, visual.features[index], kept, [], None)
+        features, log_counts = merge(visual.features, keep, stands)
+        return cls(index, features, kept, visual.of_each_image(stands), log_counts)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its features, and of what they stand for."""
+        counts = 0 if self.log_counts is None else self.log_counts.nbytes
+        return self.features.nbytes + self.index.nbytes + counts
+
+    def to(self, device: torch.device | str) -> "ChosenTokens":
+        """The same with its tensors on a device; what it says of each image stays on the host."""
+        log_counts = None if self.log_counts is None else self.log_counts.to(device)
+        index, features = self.index.to(device), self.features.to(device)
+        return self._replace(index=index, features=features, log_counts=log_counts)

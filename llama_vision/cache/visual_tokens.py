@@ -3,9 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from llama_vision.cache.merging import ChosenTokens
 
 Grid = tuple[int, int]
 """Rows and columns of tiles of one image."""
@@ -34,6 +38,10 @@ class VisualTokens:
     """Most tokens that a pruner may keep; None for no limit."""
     keys: Tensor | None = None
     """[K, V, d], of the first cross-attention block; there when a pruner is asked."""
+    chosen: "ChosenTokens | None" = None
+    """What a pruner has chosen of the same group for another prompt, or for this one."""
+    remember: bool = False
+    """Whether what a pruner chooses is to be noted in `chosen`."""
 
     @classmethod
     def of_images(cls, features: Tensor, grids: Sequence[Grid], *, group: int = 0):

@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub import errors as hub_errors
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import tqdm, validate_repo_id
 
 from llama_vision.checkpoint.config_json import read_config
 from llama_vision.checkpoint.files import CheckpointError, find_shards
@@ -106,13 +106,17 @@ def is_repo_id(source: str) -> bool:
     return source.count("/") == 1
 
 
+class Progress(tqdm):
+    """The hub's own bar, on a terminal or in a notebook; elsewhere none, which it would draw."""
+
+    def __init__(self, *args: Any, **how: Any):
+        super().__init__(*args, **{"disable": None, **how})
+
+
 def snapshot(repo: str, files: Sequence[str] = NEEDED_FILES, **how: Any) -> Path:
     """Some files of a repository, from the local cache or the hub; the directory they are in."""
-    return Path(
-        snapshot_download(
-            repo, allow_patterns=list(files), ignore_patterns=list(UNNEEDED_FILES), **how
-        )
-    )
+    how |= {"allow_patterns": list(files), "ignore_patterns": list(UNNEEDED_FILES)}
+    return Path(snapshot_download(repo, tqdm_class=Progress, **how))
 
 
 def _is_complete(directory: Path) -> bool:

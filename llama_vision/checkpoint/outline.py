@@ -14,6 +14,7 @@ from llama_vision.checkpoint.hub import find_checkpoint
 from llama_vision.checkpoint.loading import find_weights, full_shapes
 from llama_vision.checkpoint.resolve import Asked, conversion, resolve
 from llama_vision.config import Config, divided
+from llama_vision.errors import printable
 from llama_vision.model.quantized import check_device
 
 
@@ -28,6 +29,17 @@ class Outline(NamedTuple):
     adapter: Adapter | None
     conversion: str
     """What becomes of a quantised copy, for people; nothing of a plain checkpoint."""
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's, for people: a repository's id where it lies in the hub's cache.
+
+        There it is in `models--owner--name/snapshots/commit`. Elsewhere it is the folder's name.
+        """
+        directory = self.directory.absolute()
+        kind, *names = directory.parent.parent.name.split("--")
+        in_cache = kind == "models" and directory.parent.name == "snapshots"
+        return printable("/".join(names) if in_cache else directory.name)
 
 
 def read_outline(

@@ -145,19 +145,13 @@ def format_plan(
     )
     whole = replace(workload, visual_budget=None, pruner=None)
     in_full = Cache.plan(config.text, dtype=plan.dtype, **whole.cache_sizes(config)).visual
-    rows = [("weights", plan.weights)]
-    rows += [(f"  {part}", size) for part, size in plan.parts.items()]
-    rows += [("text cache", plan.text_cache), ("  a token of one prompt", one.text)]
-    rows += [("visual cache", plan.visual_cache)]
     grids = (grid for prompt in workload.prompts for grid in prompt.grids)
     tiles = max((rows * cols for rows, cols in grids), default=0)
-    rows += [("  a tile of one image", one.visual)]
-    rows += [(f"  an image of {tiles}", tiles * one.visual)] if tiles > 1 else []
-    rows += [("  one prompt", plan.visual_cache // workload.slots)]
-    rows += [("  without the budget", in_full)] if workload.visual_budget is not None else []
-    rows += [("working memory, at most", plan.working)]
-    rows += [(f"  {phase}", size) for phase, size in plan.phases.items()]
-    rows += [("total", plan.total)]
+    of_visual = [("  a tile of one image", one.visual)]
+    of_visual += [(f"  an image of {tiles}", tiles * one.visual)] if tiles > 1 else []
+    of_visual += [("  one prompt", plan.visual_cache // workload.slots)]
+    of_visual += [("  without the budget", in_full)] if workload.visual_budget is not None else []
+    rows = plan.rows([("  a token of one prompt", one.text)], of_visual)
     rows += [("free", free)] if free is not None else []
     lines = [f"{name:<26}{human_bytes(size):>12}{size:>20,}" for name, size in rows]
     scratch = "oneDNN's and MKL's scratch" if device == "cpu" else "libraries' workspaces"

@@ -8,6 +8,7 @@ takes the next request. A single answer, a batch, a stream and a conversation ar
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,22 +19,16 @@ from llama_vision.engine.capture import check_compiler
 from llama_vision.engine.choose import LogitsError, choose_tokens
 from llama_vision.engine.decode import Decoder
 from llama_vision.engine.prefill import prefill
-from llama_vision.engine.request import Checkpoint, Completion, Request
+from llama_vision.engine.request import MODEL, Checkpoint, Completion, Request
 from llama_vision.engine.settings import SETTINGS, Settings
-from llama_vision.engine.stopwatch import Stopwatch
+from llama_vision.engine.shared_images import SharedImages
+from llama_vision.engine.slots import EngineError, Slots
+from llama_vision.engine.stopwatch import Counts, Stopwatch
 from llama_vision.engine.workload import DEFAULT_SEQ_LEN, Workload, slot_capacity
-from llama_vision.errors import LlamaVisionError
-from llama_vision.inputs.chat import PROMPT, Prompt, PromptError
-from llama_vision.inputs.image import tile_image
+from llama_vision.inputs.chat import PROMPT, Prompt, PromptError, check_prompt
 from llama_vision.inputs.tokenizer import needed
 from llama_vision.model import kernels
-from llama_vision.values import Flag, Instance, check, check_flags
-
-MODEL = Instance(Checkpoint, "a LlamaVision, such as LlamaVision.from_pretrained(…) gives")
-
-
-class EngineError(LlamaVisionError):
-    """An engine that is closed, or a request that cannot be gone on from."""
+from llama_vision.values import Flag, check, check_flags
 
 
 class Engine:
@@ -86,14 +81,19 @@ class Engine:
         place = {"dtype": model.model.dtype, "device": model.model.device}
         self.cache = Cache(model.config.text, **sizes, **place)
         self.decoder = Decoder(model.model, self.cache, compiled=compiled, graphs=graphs)
-        budgets = (visual_budget, capacity)
-        self.visual_budgets = [budget for budget in budgets if budget is not None]
+        self.visual_budgets = (visual_budget, capacity)
         self.waiting: deque[Request] = deque()
-        self.held: dict[int, Request] = {}
-        """The latest request of each slot that is taken."""
+        self.slots = Slots(self.cache, self.waiting)
+        self.counts = Counts()
+        self.images = SharedImages(model, self.waiting, self.counts)
         self.workload = workload
         self.seconds = {"vision": 0.0, "prefill": 0.0, "decode": 0.0}
         self.ledger: Any = None  # a `memory.ledger.Ledger` that is to note the peaks of memory
+
+    def __repr__(self) -> str:
+        used, waiting = len(self.slots.held), len(self.waiting)
+        words = f"{used} of {self.cache.slots} slots in use, {waiting} waiting"
+        return f"<Engine: {'closed, ' * self.closed}{words}>"
 
     def submit(
         self,
@@ -122,7 +122,7 @@ class Engine:
             check("prompt", prompt, PROMPT, error=PromptError),
             settings.but(**given),
             self.checkpoint,
-            rows_before=self._rows_before(after),
+            rows_before=self.slots.rows_before(after),
             capacity=self.cache.text.capacity,
             after=after,
             hold=check("hold", hold, Flag()),
@@ -142,11 +142,11 @@ class Engine:
                 ever free for those that wait. Of the others nothing is lost; the slot of a prompt
                 that fails is given back, and with it the conversation that it went on from.
         """
-        entering = next(filter(self._can_enter, self.waiting), None)
+        entering = next(filter(self.slots.can_take, self.waiting), None)
         if entering is not None:
             self._enter(entering)
             return [entering]
-        running = [r for _, r in sorted(self.held.items()) if r.finish_reason is None]
+        running = self.slots.running
         if running:
             with self._phase("decode"):
                 logits = self.decoder.step({r.slot: r.token_ids[-1] for r in running})
@@ -186,80 +186,84 @@ class Engine:
         """End a request where it is; its slot is free for the next one."""
         if request in self.waiting:
             self.waiting.remove(request)
+            self.images.settle()
         if request.finish_reason is None:
             request.finish("interrupted")
             if not request.hold:
-                self._give_back(request)
+                self.slots.give_back(request)
 
     def release(self, request: Request) -> None:
         """Give back the slot of a conversation that was held; what waits to go on from it ends."""
         for other in [other for other in self.waiting if other.after is request]:
             self.cancel(other)
         self.cancel(request)
-        self._give_back(request)
+        self.slots.give_back(request)
+
+    def undo(self, request: Request) -> Request | None:
+        """Take back the latest request of a conversation that is held, as if it had never been.
+
+        Returns:
+            The one that it went on from, held again; None where it was the first: the slot is free.
+
+        Raises:
+            EngineError: it is not held, or has not finished.
+            CacheError: its images took the place of others, which earlier rows saw: nothing has
+                changed; submit the conversation again.
+        """
+        return self.slots.undo(request)
+
+    def replace_answer(self, request: Request, token_ids: Sequence[int]) -> None:
+        """Let a conversation that is held go on as if its last answer had been another one.
+
+        Args:
+            token_ids: that answer; what it begins with like the one that was made stays cached.
+
+        Raises:
+            EngineError, PromptError: the request is not held or has not finished; no such ids.
+        """
+        answer = Prompt(token_ids)
+        if answer.token_ids:
+            check_prompt(answer, self.config.text.image_token_id)
+        self.slots.replace_answer(request, list(answer.token_ids))
 
     def close(self) -> None:
         """End all requests where they are, and take no more."""
-        for request in (*self.waiting, *self.held.values()):
+        for request in (*self.waiting, *self.slots.held.values()):
             self.release(request)
         self.closed = True
-
-    def _rows_before(self, after: Request | None) -> int:
-        """Rows of a conversation's slot, the last answer's token that was not fed back included."""
-        if after is None:
-            return 0
-        check("after", after, Instance(Request, "a request that submit gave"), error=EngineError)
-        held = after.slot is not None and self.held.get(after.slot) is after
-        if not held or any(request.after is after for request in self.waiting):
-            raise EngineError(
-                "the conversation is not held any more, or has gone on; submit its first prompts "
-                "with hold=True, and go on from the latest request"
-            )
-        if after.finish_reason is None:
-            raise EngineError("the request to go on from has not finished; step until it has")
-        return self.cache.text.lengths[after.slot] + len(after.token_ids[-1:])
-
-    def _can_enter(self, request: Request) -> bool:
-        """Whether there is a slot for it: a free one, or that of its conversation."""
-        return request.after is not None or len(self.held) < self.cache.slots
 
     def _enter(self, request: Request) -> None:
         """Give a request its slot and prefill it; if that fails, nobody else is concerned."""
         self.waiting.remove(request)
-        free = (slot for slot in range(self.cache.slots) if slot not in self.held)
         try:
-            self._rows_before(request.after)
-            request.slot = request.after.slot if request.after else next(free)
-            self.held[request.slot] = request
+            self.slots.rows_before(request.after)
+            self.slots.take(request)
             self._prefill(request)
         except BaseException:
             request.finish("interrupted")
-            self._give_back(request)
+            self.slots.give_back(request)
             raise
-
-    def _give_back(self, request: Request) -> None:
-        if request.slot is not None and self.held.get(request.slot) is request:
-            self.cache.clear(request.slot)
-            del self.held[request.slot]
-        request.slot = None
+        finally:
+            self.images.settle()
 
     @torch.inference_mode()
     def _prefill(self, request: Request) -> None:
         """Cut the pictures into tiles, run the prompt, and choose the first token."""
-        settings, side = request.settings, self.config.vision.image_size
+        settings = request.settings
         budgets = (settings.visual_budget, *self.visual_budgets)
         logits, request.kept, request.stands = prefill(
             self.checkpoint.model,
             self.cache,
             request.slot,
-            request.rows_to_prefill,
-            (tile_image(i, tile_size=side, max_tiles=request.tiles) for i in request.prompt.images),
+            request.rows,
+            encode=partial(self.images.group, request, budgets),
             pruner=settings.pruner,
-            visual_budgets=[budget for budget in budgets if budget is not None],
+            visual_budgets=budgets,
             first_group=request.after.groups if request.after else 0,
             chunk=settings.prefill_chunk,
             phase=self._phase,
         )
+        self.counts.prefilled += len(request.rows)
         self._note_tokens([request], logits)
 
     def _note_tokens(self, requests: Sequence[Request], logits: Tensor) -> None:
@@ -274,9 +278,10 @@ class Engine:
             if isinstance(chosen, LogitsError):
                 self.cancel(request)
                 continue
+            self.counts.generated += 1
             request.note_token(chosen, rows=self.cache.text.lengths[request.slot])
             if request.finish_reason and not request.hold:
-                self._give_back(request)
+                self.slots.give_back(request)
         for chosen in all_chosen:
             if isinstance(chosen, LogitsError):
                 raise chosen

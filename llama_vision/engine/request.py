@@ -3,22 +3,29 @@
 import math
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from llama_vision.cache.kv import VisualStore
 from llama_vision.cache.pruning import PruningError, traits_of
 from llama_vision.config import Config
+from llama_vision.drawing.notebook import answer_html
 from llama_vision.engine.answer_text import AnswerText
+from llama_vision.engine.image_cache import ImageCache
 from llama_vision.engine.sampling import Sampling
+from llama_vision.engine.segments import image_groups
 from llama_vision.engine.settings import Settings
 from llama_vision.engine.workload import PromptSize, Workload
+from llama_vision.errors import quote
 from llama_vision.inputs.chat import Prompt
+from llama_vision.inputs.image import TiledImage, tile_image
 from llama_vision.inputs.tokenizer import Tokenizer, needed
 from llama_vision.model.model import LlamaVisionModel
+from llama_vision.values import Instance
 
 FinishReason = Literal["stop", "length", "interrupted"]
 
@@ -62,15 +69,39 @@ class Completion:
     text: str
     """Without special tokens and stop strings; empty where the checkpoint has no tokenizer."""
     finish_reason: FinishReason
-    visual_tokens: VisualCounts
-    kept: list[Tensor]
+    visual_tokens: VisualCounts = field(default_factory=lambda: VisualCounts(0, 0, 0))
+    kept: list[Tensor] = field(default_factory=list)
     """For each image a bool tensor [tiles, P]; class token first, then patches row by row."""
-    stands: list[Tensor]
+    stands: list[Tensor] = field(default_factory=list)
     """For each image of a group that was merged an int64 tensor [tiles, P]: the token of the group,
     counted through all of its images, that stands for each."""
-    top_logprobs: list[list[TokenLogprob]]
+    top_logprobs: list[list[TokenLogprob]] = field(default_factory=list)
     """For each of `token_ids` the likeliest under the model itself, the likeliest first, as many as
     the settings ask for."""
+    images: Sequence[Image.Image | TiledImage] = field(default=(), compare=False)
+    """The prompt's pictures."""
+    groups: list[int] = field(default_factory=list)
+    """How many of them each group has."""
+    tile_size: int = 0
+    max_tiles: int = 0
+    """How they were cut up; see `tile_image`."""
+
+    def _counts(self) -> str:
+        """Counts and finish reason, for people."""
+        count, (_, valid, kept) = len(self.token_ids), self.visual_tokens
+        words = f"{count} token{'s' * (count != 1)}, {self.finish_reason}"
+        return words + f", {kept} of {valid} visual tokens kept" * bool(valid)
+
+    def __repr__(self) -> str:
+        return f"<Completion {quote(self.text or self.token_ids)}: {self._counts()}>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the text, the counts, and each picture under what was kept."""
+        how = {"tile_size": self.tile_size, "max_tiles": self.max_tiles}
+        # Nothing is known of what was kept before the prompt is run.
+        images = (tile_image(image, **how) for image in self.images[: len(self.kept)])
+        of_images = (images, self.kept, self.stands, self.groups)
+        return answer_html(self.text, self._counts(), *of_images)
 
 
 @runtime_checkable
@@ -82,10 +113,14 @@ class Checkpoint(Protocol):
     tokenizer: Tokenizer | None
     sampling: Sampling
     stop_ids: frozenset[int]
+    image_cache: ImageCache | None
 
     @property
     def room(self) -> Any:
         """What the device has free; `Room.check_slots` raises where so many slots do not fit."""
+
+
+MODEL = Instance(Checkpoint, "a LlamaVision, such as LlamaVision.from_pretrained(…) gives")
 
 
 class Request:
@@ -100,6 +135,15 @@ class Request:
     Raises:
         LlamaVisionError: the prompt, or a setting, does not fit the model or the slot.
     """
+
+    slot: int | None = None
+    """Where the engine holds it; None while it waits and once its slot is given back."""
+    first_row = 0
+    """Where its rows begin in its slot."""
+    finish_reason: FinishReason | None = None
+    """None until it has finished."""
+    replaced: list[int] | None = None
+    """An answer in the place of its own, see `Engine.replace_answer`."""
 
     def __init__(
         self,
@@ -129,26 +173,31 @@ class Request:
         self.never = [text.image_token_id] * (text.image_token_id < text.vocab_size)
         """Ids that are never chosen: a model whose vocabulary grew past `<|image|>` has a logit for
         it, and no picture to put there."""
-        self.slot: int | None = None
-        """Where the engine holds it; None while it waits and once its slot is given back."""
+        self.rows: list[int] = []
+        """Ids to prefill, once it has a slot: the prompt's, behind those of the last answer whose
+        rows are not in the cache."""
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
         self.top_logprobs: list[list[TokenLogprob]] = []
         self.kept: list[Tensor] = []
         self.stands: list[Tensor] = []
-        self.finish_reason: FinishReason | None = None
-        """None until it has finished."""
         new_groups = len(self.size.groups(self.config))
         self.groups = new_groups + (after.groups if after else 0)
         """Groups of images of the conversation, this prompt's included."""
 
-    @property
-    def rows_to_prefill(self) -> list[int]:
-        """The prompt's ids, behind the token of the last answer that was not fed back."""
-        unread = self.after.token_ids[-1:] if self.after is not None else []
-        return [*unread, *self.prompt.token_ids]
+    def __repr__(self) -> str:
+        state = "waiting" if self.slot is None else "running"
+        state = state if self.finish_reason is None else f"finished ({self.finish_reason})"
+        place = "" if self.slot is None else f" in slot {self.slot}"
+        counts = f"{len(self.prompt.token_ids)} prompt tokens, {len(self.token_ids)} generated"
+        return f"<Request {state}{place}: {counts}>"
 
-    def check_budgets(self, store: VisualStore, budgets: Sequence[float | int]) -> None:
+    @property
+    def answer_ids(self) -> list[int]:
+        """The answer's ids, with which its conversation goes on."""
+        return self.token_ids if self.replaced is None else self.replaced
+
+    def check_budgets(self, store: VisualStore, budgets: Sequence[float | int | None]) -> None:
         """Raise PruningError where its images need more than a store or one of the budgets has."""
         pruner, need = self.settings.pruner, self.size.decoded(self.config)
         traits = None if pruner is None else traits_of(pruner)
@@ -167,7 +216,7 @@ class Request:
     def seen(self) -> set[int]:
         """Token ids of the conversation so far."""
         before = self.after.seen if self.after is not None else set()
-        return before.union(self.prompt.token_ids, self.token_ids)
+        return before.union(self.prompt.token_ids, self.answer_ids)
 
     def note_token(self, chosen: Chosen, rows: int) -> None:
         """Go on with a token, and see whether it ends the answer.
@@ -199,6 +248,7 @@ class Request:
         encoded = len(self.size.grids) * vision.max_num_tiles * vision.tokens_per_tile
         valid = sum(map(math.prod, self.size.grids)) * vision.tokens_per_tile
         kept = sum(int(mask.sum()) for mask in self.kept)
+        groups = image_groups(self.prompt.token_ids, self.config.text.image_token_id)
         return Completion(
             token_ids=list(self.token_ids),
             logprobs=list(self.logprobs),
@@ -208,4 +258,8 @@ class Request:
             kept=list(self.kept),
             stands=list(self.stands),
             top_logprobs=list(self.top_logprobs),
+            images=self.prompt.images,
+            groups=[len(rows) for rows in groups],
+            tile_size=vision.image_size,
+            max_tiles=self.tiles,
         )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llama_vision.cache.kv import Cache
-from llama_vision.cache.merging import merge
+from llama_vision.cache.merging import ChosenTokens
 from llama_vision.cache.pruning import Kept, Pruner, Votes, ask, traits_of
 from llama_vision.cache.visual_tokens import VisualTokens
 from llama_vision.engine.encode import TOKENS_AT_ONCE
@@ -219,19 +219,19 @@ class SegmentForward:
         return agree(on_host, devices)
 
     def _choose(self, saliency: Tensor | None) -> Tensor:
-        """Ask the pruner, and go on with the tokens that it keeps; their indices in the group."""
+        """Ask the pruner, and go on with the tokens that it keeps; their indices in the group.
+
+        What was chosen for an earlier prompt about the same group is not asked again.
+        """
         group = self.group
-        keep, stands = self._ask(saliency)
+        chosen = group.chosen or ChosenTokens.of(group, self._ask(saliency))
+        if group.remember:
+            group.chosen = chosen
         self.pruner = None
-        self.kept = group.of_each_image(keep)
+        self.kept, self.stands = chosen.kept, chosen.stands
         self.counts = [int(kept.sum()) for kept in self.kept]
-        index = keep.nonzero().squeeze(-1).to(group.features.device)
-        if stands is None:
-            group.features = group.features[index]
-        else:
-            self.stands = group.of_each_image(stands)
-            group.features, self.log_counts = merge(group.features, keep, stands)
-        return index
+        group.features, self.log_counts = chosen.features, chosen.log_counts
+        return chosen.index
 
     def _prune(
         self, block: CrossAttentionBlock, keys: Tensor, values: Tensor, saliency: Tensor | None

@@ -1,6 +1,7 @@
-"""Where the time goes."""
+"""What an engine did, and where the time went."""
 
 import time
+from dataclasses import dataclass
 
 import torch
 
@@ -22,3 +23,15 @@ class Stopwatch:
         if self.name != "decode" and self.device.type != "cpu":
             torch.get_device_module(self.device).synchronize()
         self.seconds[self.name] += time.perf_counter() - self.start
+
+
+@dataclass
+class Counts:
+    """What an engine has done so far."""
+
+    images: int = 0
+    """Images that went through the encoder."""
+    prefilled: int = 0
+    """Rows of prompts that went through the decoder."""
+    generated: int = 0
+    """Tokens that were chosen."""

@@ -79,6 +79,8 @@ class Workload:
     """Of the one that chooses among the visual tokens; None where all are kept."""
     visual_budget: float | int | None = None
     """Most visual tokens of a group to keep: a count, or a fraction of them."""
+    shared_tokens: int = 0
+    """Visual tokens of images that several prompts show: they are held until the last has them."""
     padding_tiles_alike: bool = False
     """Whether one padding tile stands for all of an image; not known before the weights are."""
 

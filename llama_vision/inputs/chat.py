@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Integral
 from typing import Any
 
 from PIL import Image
 
 from llama_vision.errors import quote
-from llama_vision.inputs.image import TiledImage
+from llama_vision.inputs.image import TiledImage, content_of
 from llama_vision.inputs.messages import (
     PromptError,
     check_messages,
@@ -41,6 +42,14 @@ class Prompt:
     def __post_init__(self):
         object.__setattr__(self, "token_ids", _read_ids(self.token_ids))
         object.__setattr__(self, "images", _read_images(self.images))
+
+    @cached_property
+    def contents(self) -> tuple[bytes, ...]:
+        """A digest of each image, see `content_of`."""
+        return tuple(map(content_of, self.images))
+
+    def __repr__(self) -> str:
+        return f"<Prompt of {len(self.token_ids)} token ids and {len(self.images)} images>"
 
 
 PROMPT = Instance(Prompt, "a Prompt, such as model.prompt(messages) makes")

@@ -1,5 +1,7 @@
 """A picture becomes tiles: choose a canvas, resize without distortion, pad, normalise, split."""
 
+import ctypes
+import hashlib
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -28,6 +30,19 @@ class TiledImage:
     """(rows, cols); rows · cols = T."""
     aspect_id: int
     """1 + the grid's place among all grids of at most `max_tiles` tiles."""
+
+
+def content_of(image: Image.Image | TiledImage) -> bytes:
+    """A digest of what a picture shows, or of its tiles: equal for equal pictures."""
+    if isinstance(image, TiledImage):
+        pixels = image.pixels.contiguous()
+        content = (ctypes.c_ubyte * pixels.nbytes).from_address(pixels.data_ptr())
+        kind = f"{pixels.dtype} {list(pixels.shape)} {image.grid} {image.aspect_id}"
+    else:
+        content, kind = image.tobytes(), f"{image.mode} {image.size}"
+    digest = hashlib.blake2b(kind.encode(), digest_size=16)
+    digest.update(content)
+    return digest.digest()
 
 
 def check_tiles(image: TiledImage, tile_size: int, max_tiles: int) -> None:

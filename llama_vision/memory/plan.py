@@ -5,6 +5,7 @@ engine's own prefill and decoding on torch's meta device, where tensors have siz
 while a `Tracker` counts what is alive: so the plan cannot fall behind the code.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,8 +18,10 @@ from llama_vision.checkpoint.devices import parse_device
 from llama_vision.checkpoint.hub import load_config
 from llama_vision.checkpoint.resolve import resolve
 from llama_vision.config import Config, divided
+from llama_vision.drawing.notebook import table_html
 from llama_vision.engine.workload import SIZES, Workload, workload_alike
 from llama_vision.memory.simulation import shallow, working_memory
+from llama_vision.memory.units import human_bytes
 from llama_vision.model.model import model_without_weights
 from llama_vision.quantization import Quantization
 from llama_vision.values import check_names
@@ -31,6 +34,9 @@ PARTS = {
     "head": "text.lm_head.",
 }
 """Parts of the weights and what their names begin with; the longest beginning counts."""
+
+Row = tuple[str, int]
+"""A name, indented by two blanks where it is a part of the one before, and bytes."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,29 @@ class MemoryPlan:
         names = ("weights", "text_cache", "visual_cache", "working", "total")
         sizes = {name: getattr(self, name) for name in names}
         return {**sizes, "parts": dict(self.parts), "phases": dict(self.phases)}
+
+    def rows(self, of_text: Sequence[Row] = (), of_visual: Sequence[Row] = ()) -> list[Row]:
+        """The plan as a table, with further rows below those of the two caches."""
+        return [
+            ("weights", self.weights),
+            *((f"  {part}", size) for part, size in self.parts.items()),
+            ("text cache", self.text_cache),
+            *of_text,
+            ("visual cache", self.visual_cache),
+            *of_visual,
+            ("working memory, at most", self.working),
+            *((f"  {phase}", size) for phase, size in self.phases.items()),
+            ("total", self.total),
+        ]
+
+    def __repr__(self) -> str:
+        names = ("weights", "text_cache", "visual_cache", "working")
+        words = (f"{n.replace('_', ' ')} {human_bytes(getattr(self, n))}" for n in names)
+        return f"<MemoryPlan: {human_bytes(self.total)} ({', '.join(words)})>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: human units, and exact bytes."""
+        return table_html((name, human_bytes(size), f"{size:,}") for name, size in self.rows())
 
 
 def plan_memory(

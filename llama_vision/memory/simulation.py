@@ -78,6 +78,8 @@ def working_memory(
         for prompt, number in {prompt: i for i, prompt in enumerate(prompts)}.items():
             simulation.note_kept(prompts[:number])
             simulation.prefill(prompt)
+        if workload.slots == len(prompts):  # none waits any more
+            simulation.shared = None
         simulation.note_kept(prompts)
         logits = simulation.decode()
         with simulation.phase("sampling"):
@@ -107,6 +109,9 @@ class _Simulation:
         self.decoder = Decoder(self.model, self.cache)
         self.tracker.add(*self.model.parameters(), *self.cache.tensors)
         self.stays, self.peaks = self.tracker.now, {}
+        size = (workload.shared_tokens, config.text.hidden_size) if on_host else (0,)
+        self.shared = torch.empty(size, dtype=dtype, device="meta")
+        self.tracker.add(self.shared)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -125,7 +130,7 @@ class _Simulation:
 
     def prefill(self, prompt: PromptSize) -> None:
         """Run a prompt in the first slot."""
-        workload, budget = self.workload, self.workload.visual_budget
+        workload = self.workload
         self.cache.clear(0)
         prefill(
             self.model,
@@ -134,7 +139,7 @@ class _Simulation:
             prompt.token_ids,
             map(self._image, prompt.grids),
             pruner=self._pruner(),
-            visual_budgets=[] if budget is None else [budget],
+            visual_budgets=[workload.visual_budget],
             chunk=workload.prefill_chunk,
             every_chunk=False,
             phase=self.phase,

@@ -5,19 +5,16 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from llama_vision.cache.pruning import Kept, Pruner, Votes, ask
 from llama_vision.cache.rule import Counted, Rule
 from llama_vision.cache.rules import MaxMin, TrimmedLlama
+from llama_vision.drawing.panel import DROPPED, Picture, pictures_of, stands_of
 from llama_vision.engine.request import Checkpoint, Completion, Request
 from llama_vision.errors import LlamaVisionError, some
-from llama_vision.inputs.image import MEAN, STD, TiledImage, tile_image
+from llama_vision.inputs.image import tile_image
 from llama_vision.show.attention import Seen, look
-
-DROPPED = -1
-"""Stands for a token that is not kept and in no kept one either."""
 
 SHARES = tuple(tenth / 10 for tenth in range(1, 11))
 """Settings of a rule that the page goes through, beside the one in use."""
@@ -50,17 +47,6 @@ class ShownRule(NamedTuple):
     stops: list[Stop]
     chosen: int
     """The stop in use, or of another rule the one that keeps as much."""
-
-
-class Picture(NamedTuple):
-    """One image as the model saw it."""
-
-    canvas: Image.Image
-    """Its tiles side by side, padding included, RGB."""
-    grid: tuple[int, int]
-    """Rows and columns of tiles."""
-    start: int
-    """Its first token among those of all pictures."""
 
 
 @dataclass(frozen=True)
@@ -109,34 +95,12 @@ def gather(
     return Shown(
         question,
         completion.text,
-        _pictures(images, vision.tokens_per_tile),
+        pictures_of(images, vision.tokens_per_tile),
         vision.patches_per_side,
         list(checkpoint.config.text.cross_attention_layers),
         {votes: torch.cat([one.shares(votes) for one in seen], dim=-1) for votes in ROWS},
         [shown_rule(pruner, in_use, seen), *_others(others, pruner, completion, seen)],
     )
-
-
-def stands_of(kept: Sequence[Tensor], stands: Sequence[Tensor], images: Sequence[int]) -> Tensor:
-    """Who stands for each token [V] of all pictures, from what a `Completion` says of each picture.
-
-    Args:
-        kept: of each picture bool [t, P].
-        stands: of each picture of a group that was merged int64 [t, P], counted within its group.
-        images: pictures of each group.
-    """
-    parts, start, first, used = [], 0, 0, 0
-    for count in images:
-        mask = torch.cat([one.flatten() for one in kept[first : first + count]])
-        own = torch.arange(len(mask))
-        part = (own + start).where(mask, DROPPED)
-        # Of groups that were not merged there are none.
-        merged = [one.flatten() for one in stands[used : used + count]]
-        if merged and torch.equal(torch.cat(merged) == own, mask):
-            part, used = torch.cat(merged) + start, used + count
-        parts.append(part)
-        start, first = start + len(mask), first + count
-    return torch.cat(parts)
 
 
 def shown_rule(
@@ -223,22 +187,3 @@ def _others(
         in_use = _ask_all(rule, seen, budgets=counts if trimmed else [None] * len(counts))
         shown.append(shown_rule(rule, in_use, seen, "at the same count"))
     return shown
-
-
-def _pictures(images: Sequence[TiledImage], tokens_per_tile: int) -> list[Picture]:
-    shown, start = [], 0
-    for image in images:
-        rows, cols = image.grid
-        shown.append(Picture(canvas_of(image), image.grid, start))
-        start += rows * cols * tokens_per_tile
-    return shown
-
-
-def canvas_of(image: TiledImage) -> Image.Image:
-    """The picture that was cut into tiles, from what the model is given."""
-    (rows, cols), side = image.grid, image.pixels.shape[-1]
-    mean, std = (torch.tensor(levels)[:, None, None] for levels in (MEAN, STD))
-    levels = (image.pixels * std + mean).mul(255).round().clamp(0, 255).to(torch.uint8)
-    levels = levels.unflatten(0, (rows, cols)).permute(0, 3, 1, 4, 2)  # [rows, h, cols, w, 3]
-    size = (cols * side, rows * side)
-    return Image.frombytes("RGB", size, bytes(levels.contiguous().flatten().tolist()))

@@ -7,18 +7,18 @@ and from there as text. A policy in the page lets it run its own script and load
 import base64
 import hashlib
 import html
-import io
 import json
 import struct
 from importlib.resources import files
 from string import Template
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
-from llama_vision.show import palette
-from llama_vision.show.kept import ROWS, Picture, Shown, ShownRule
+from llama_vision.drawing import palette
+from llama_vision.drawing.notebook import data_uri
+from llama_vision.drawing.panel import Picture
+from llama_vision.show.kept import ROWS, Shown, ShownRule
 
 LEVELS = 255
 """Steps of an attention share in the page: each byte is the square root of its part of the most."""
@@ -102,10 +102,3 @@ def quantised(shares: Tensor) -> tuple[bytes, list[list[float]]]:
 def packed(stands: Tensor) -> str:
     """Indices [V] as base64 of 32-bit integers, little-endian."""
     return base64.b64encode(struct.pack(f"<{len(stands)}i", *stands.tolist())).decode()
-
-
-def data_uri(image: Image.Image) -> str:
-    """A picture as text, exact."""
-    png = io.BytesIO()
-    image.save(png, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"

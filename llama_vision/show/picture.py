@@ -1,112 +1,17 @@
 """What a run kept, as one picture: the attention, and a panel for each rule."""
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
-import torch
-from PIL import Image, ImageChops, ImageDraw, ImageFont
-from torch import Tensor
+from PIL import Image, ImageDraw, ImageFont
 
+from llama_vision.drawing.palette import FAINT, heat
+from llama_vision.drawing.panel import Panel, Picture, counted
 from llama_vision.errors import printable
-from llama_vision.show.kept import ROWS, Picture, Shown, ShownRule, Stop
-from llama_vision.show.palette import CLUSTERS, DROPPED, MERGED, VEIL, Colour, heat
+from llama_vision.show.kept import ROWS, Shown, ShownRule, Stop
 
-PAPER, INK, FAINT = (255, 255, 255), (24, 26, 30), (96, 100, 108)
-LEAST_SIDE = 448
-"""Pixels of a panel's shorter side; smaller pictures are enlarged by a whole number."""
+PAPER, INK = (255, 255, 255), (24, 26, 30)
 LONGEST_TEXT = 1500
 """Characters of the question, and of the answer."""
-
-
-class Patch(NamedTuple):
-    """A patch of a panel."""
-
-    token: int
-    row: int
-    col: int
-    """Among the patches of all tiles."""
-    box: tuple[int, int, int, int]
-    """Left, top, right, bottom in pixels, right and bottom excluded."""
-
-
-class Panel:
-    """A picture enlarged to a panel, to be drawn upon."""
-
-    def __init__(self, picture: Picture, side: int):
-        self.picture, self.side = picture, side
-        self.rows, self.cols = (tiles * side for tiles in picture.grid)
-        scale = -(-LEAST_SIDE // min(picture.canvas.size))
-        size = tuple(length * scale for length in picture.canvas.size)
-        self.image = picture.canvas.resize(size, Image.Resampling.BICUBIC)
-
-    def patches(self) -> Iterator[Patch]:
-        """All patches, row by row through all tiles."""
-        (width, height), (_, tile_cols), side = self.image.size, self.picture.grid, self.side
-        for row in range(self.rows):
-            for col in range(self.cols):
-                tile = row // side * tile_cols + col // side
-                patch = 1 + row % side * side + col % side
-                token = self.picture.start + tile * (side**2 + 1) + patch
-                left, right = (c * width // self.cols for c in (col, col + 1))
-                top, bottom = (r * height // self.rows for r in (row, row + 1))
-                yield Patch(token, row, col, (left, top, right, bottom))
-
-    def veil(self, share: float, hides: Callable[[int], bool]) -> None:
-        """Dim the patches of tokens that are hidden: so much of the colour is the veil's."""
-        veiled = Image.blend(self.image, Image.new("RGB", self.image.size, VEIL), share)
-        for patch in self.patches():
-            if hides(patch.token):
-                self.image.paste(veiled.crop(patch.box), patch.box)
-
-    def paint(self, colour_of: Callable[[int], Colour]) -> None:
-        """Give each patch its token's colour; the picture shows in it as light and dark."""
-        flat = Image.new("RGB", self.image.size)
-        for patch in self.patches():
-            flat.paste(colour_of(patch.token), patch.box)
-        # At half of its contrast it leaves the colours near those of the legend.
-        grey = self.image.convert("L").point(lambda level: 64 + level // 2).convert("RGB")
-        self.image = ImageChops.soft_light(flat, grey)
-
-    def outline(self, stands: Tensor) -> None:
-        """Draw around clusters of several tokens: along each edge that another one lies behind."""
-        ids = {(patch.row, patch.col): int(stands[patch.token]) for patch in self.patches()}
-        sizes = stands[stands >= 0].bincount(minlength=len(stands)).tolist()
-        order = (stands == torch.arange(len(stands))).cumsum(0).tolist()
-        draw = ImageDraw.Draw(self.image)
-        for patch in self.patches():
-            own = int(stands[patch.token])
-            if own < 0 or sizes[own] < 2:
-                continue
-            colour = CLUSTERS[order[own] % len(CLUSTERS)]
-            left, top, right, bottom = patch.box
-            width = max(1, (right - left) // 14)
-            sides = (
-                ((-1, 0), (left, top, right - 1, top + width - 1)),
-                ((1, 0), (left, bottom - width, right - 1, bottom - 1)),
-                ((0, -1), (left, top, left + width - 1, bottom - 1)),
-                ((0, 1), (right - width, top, right - 1, bottom - 1)),
-            )
-            for (down, along), line in sides:
-                if ids.get((patch.row + down, patch.col + along)) != own:
-                    draw.rectangle(line, fill=colour)
-
-    def tile_lines(self) -> None:
-        """Draw the borders of tiles, readable on light and on dark."""
-        draw, (width, height), (rows, cols) = (
-            ImageDraw.Draw(self.image),
-            self.image.size,
-            self.picture.grid,
-        )
-        for col in range(1, cols):
-            x = col * width // cols
-            draw.line((x - 1, 0, x - 1, height), fill=(255, 255, 255))
-            draw.line((x, 0, x, height), fill=(0, 0, 0))
-        for row in range(1, rows):
-            y = row * height // rows
-            draw.line((0, y - 1, width, y - 1), fill=(255, 255, 255))
-            draw.line((0, y, width, y), fill=(0, 0, 0))
-        draw.rectangle((0, 0, width - 1, height - 1), outline=FAINT)
 
 
 def draw_picture(shown: Shown) -> Image.Image:
@@ -158,28 +63,23 @@ def _attention_panel(shown: Shown, picture: Picture, name: str) -> Image.Image:
 def _rule_panel(shown: Shown, picture: Picture, rule: ShownRule, name: str) -> Image.Image:
     panel = Panel(picture, shown.patches_per_side)
     stop = rule.stops[rule.chosen]
-    stands, kept = stop.stands, stop.kept.tolist()
-    merged = bool((stands[~stop.kept] >= 0).any())
-    panel.veil(MERGED if merged else DROPPED, lambda token: not kept[token])
-    panel.outline(stands)
+    merged = bool((stop.stands[~stop.kept] >= 0).any())
+    panel.veil_dropped(stop.stands)
+    panel.outline(stop.stands)
     panel.tile_lines()
     return _stack(
         _line(panel.image.width, f"{name}{rule.name}"),
         panel.image,
-        _line(panel.image.width, counted(stop, picture, shown.patches_per_side), small=True),
-        _line(panel.image.width, _key(merged, all(kept)), small=True),
+        _line(panel.image.width, counted_at(stop, picture, shown.patches_per_side), small=True),
+        _line(panel.image.width, _key(merged, bool(stop.kept.all())), small=True),
     )
 
 
-def counted(stop: Stop, picture: Picture, side: int) -> str:
-    """How many of one picture's tokens are kept, in words."""
+def counted_at(stop: Stop, picture: Picture, side: int) -> str:
+    """How many of one picture's tokens a rule keeps, in words."""
     tiles = picture.grid[0] * picture.grid[1]
     kept = stop.kept[picture.start :][: tiles * (side**2 + 1)].unflatten(0, (tiles, -1))
-    n, tokens, classes = int(kept.sum()), kept.numel(), int(kept[:, 0].sum())
-    return (
-        f"{stop.setting}: {n} of {tokens} tokens, {n / tokens:.0%} "
-        f"({classes} of {tiles} class tokens)"
-    )
+    return f"{stop.setting}: {counted(kept)}"
 
 
 def _key(merged: bool, everything: bool) -> str:

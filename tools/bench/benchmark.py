@@ -31,6 +31,7 @@ from limits import Limits, decode_bytes, encode_operations, prefill_operations, 
 from machine import describe, processor, versions
 from models import named_config, random_model, save_checkpoint
 from peers import Ours, Peer, Run, Transformers, load_with_transformers
+from progress import redraw
 
 from llama_vision.checkpoint.loading import load_model
 from llama_vision.config import DTYPES, Config
@@ -165,13 +166,13 @@ def alternate(peers: dict[str, Peer], rounds: int) -> dict[str, dict[str, list[f
     seconds = {name: {metric: [] for metric in METRICS} for name in peers}
     for number in range(rounds + 1):
         for name, peer in peers.items():
-            print(f"\rround {number} of {rounds}: {name}" + " " * 20, end="", file=sys.stderr)
+            redraw(f"round {number} of {rounds}: {name}")
             gc.collect()
             took = peer.measure()
             if number:
                 for metric, value in zip(METRICS, took, strict=True):
                     seconds[name][metric].append(value)
-    print("\r" + " " * 60 + "\r", end="", file=sys.stderr)
+    redraw()
     return seconds
 
 
@@ -227,12 +228,13 @@ def growth(model: LlamaVisionModel, limits: Limits, options: argparse.Namespace)
     seconds = [[] for _ in cases]
     for number in range(options.rounds + 1):
         for case, peer in enumerate(peers):
-            print(f"\rround {number} of {options.rounds}: {cases[case]}  ", end="", file=sys.stderr)
+            redraw(f"round {number} of {options.rounds}: {cases[case]}")
             _, step = peer.measure_tokens()
             if number:
                 seconds[case].append(step)
     rows = []
-    print(f"\n{'':<8}{'text':>8}{'visual':>8}{'step':>12}{'bytes read':>16}{'of the limit':>14}")
+    redraw()
+    print(f"{'':<8}{'text':>8}{'visual':>8}{'step':>12}{'bytes read':>16}{'of the limit':>14}")
     for (kind, length, tiles), took in zip(cases, seconds, strict=True):
         step, visual = statistics.median(took), tiles * per_tile
         read = decode_bytes(config, batch, length + options.new_tokens // 2, visual, model.dtype)

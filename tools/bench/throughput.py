@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from machine import describe, versions
 from models import named_config, random_model, save_checkpoint
+from progress import redraw
 
 from llama_vision.config import DTYPES
 
@@ -121,11 +122,11 @@ def alternate(answerers: dict[str, Answerer], rounds: int) -> dict[str, list[dic
     made = {name: [] for name in answerers}
     for number in range(rounds + 1):
         for name, answerer in answerers.items():
-            print(f"\rround {number} of {rounds}: {name}  ", end="", file=sys.stderr)
+            redraw(f"round {number} of {rounds}: {name}")
             result = answerer.round()
             if number:
                 made[name].append(result)
-    print("\r" + " " * 30 + "\r", end="", file=sys.stderr)
+    redraw()
     return made
 
 

@@ -22,6 +22,9 @@ CLUSTERS: tuple[Colour, ...] = (
 )
 """Outlines of clusters, in turn."""
 
+FAINT: Colour = (96, 100, 108)
+"""Frames, and words of less weight."""
+
 VEIL: Colour = (128, 134, 144)
 """Lies over what is not kept."""
 MERGED, DROPPED = 0.55, 0.84

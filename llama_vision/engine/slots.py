@@ -1,0 +1,99 @@
+"""Who has which slot of the cache, and what a conversation goes on from."""
+
+from collections.abc import Collection
+
+from llama_vision.cache.kv import Cache
+from llama_vision.engine.request import Request
+from llama_vision.errors import LlamaVisionError
+from llama_vision.values import Instance, check
+
+
+class EngineError(LlamaVisionError):
+    """An engine that is closed, or a request that cannot be gone on from."""
+
+
+class Slots:
+    """The slots of a cache.
+
+    Args:
+        waiting: the requests that have none yet.
+    """
+
+    def __init__(self, cache: Cache, waiting: Collection[Request]):
+        self.cache, self.waiting = cache, waiting
+        self.held: dict[int, Request] = {}
+        """The latest request of each slot that is taken."""
+
+    @property
+    def running(self) -> list[Request]:
+        """Those whose answers have not ended, in order of their slots."""
+        return [r for _, r in sorted(self.held.items()) if r.finish_reason is None]
+
+    def can_take(self, request: Request) -> bool:
+        """Whether there is a slot for it: a free one, or that of its conversation."""
+        return request.after is not None or len(self.held) < self.cache.slots
+
+    def take(self, request: Request) -> None:
+        """Give it one."""
+        free = (slot for slot in range(self.cache.slots) if slot not in self.held)
+        after = request.after
+        request.rows = [*(self.unread(after) if after else ()), *request.prompt.token_ids]
+        request.slot = after.slot if after else next(free)
+        request.first_row = self.cache.text.lengths[request.slot]
+        self.held[request.slot] = request
+
+    def unread(self, request: Request) -> list[int]:
+        """Ids of a held request's answer whose rows are not in the cache: its last, as a rule."""
+        fed = self.cache.text.lengths[request.slot] - request.first_row - len(request.rows)
+        return request.answer_ids[fed:]
+
+    def give_back(self, request: Request) -> None:
+        """Hold nothing of its conversation, if it is the latest of it."""
+        if self._is_held(request):
+            self.cache.clear(request.slot)
+            del self.held[request.slot]
+        request.slot = None
+
+    def undo(self, request: Request) -> Request | None:
+        """See `Engine.undo`."""
+        self.rows_before(request)
+        before = request.after
+        if before is None:
+            self.give_back(request)
+            return None
+        self.cache.rewind(request.slot, request.first_row)
+        self.held[request.slot] = before
+        request.slot = None
+        return before
+
+    def replace_answer(self, request: Request, token_ids: list[int]) -> None:
+        """See `Engine.replace_answer`."""
+        self.rows_before(request)
+        pairs = enumerate(zip(request.answer_ids, token_ids, strict=False))
+        shorter = min(len(request.answer_ids), len(token_ids))
+        same = next((place for place, (old, new) in pairs if old != new), shorter)
+        held = self.cache.text.lengths[request.slot]
+        last = request.first_row + len(request.rows) + same
+        self.cache.rewind(request.slot, min(held, last))
+        request.replaced = token_ids
+
+    def rows_before(self, after: Request | None) -> int:
+        """Rows of a conversation's slot, those of the last answer that were not fed back included.
+
+        Raises:
+            EngineError: it cannot be gone on from.
+        """
+        if after is None:
+            return 0
+        check("after", after, Instance(Request, "a request that submit gave"), error=EngineError)
+        if not self._is_held(after) or any(request.after is after for request in self.waiting):
+            raise EngineError(
+                "the conversation is not held any more, or has gone on; submit its first prompts "
+                "with hold=True, and go on from the latest request"
+            )
+        if after.finish_reason is None:
+            raise EngineError("the request to go on from has not finished; step until it has")
+        return self.cache.text.lengths[after.slot] + len(self.unread(after))
+
+    def _is_held(self, request: Request) -> bool:
+        return request.slot is not None and self.held.get(request.slot) is request
