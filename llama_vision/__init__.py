@@ -31,8 +31,10 @@ from llama_vision.cache.rules import (
     UniformGrid,
 )
 from llama_vision.cache.visual_tokens import VisualTokens
+from llama_vision.chat.chat import Chat
 from llama_vision.config import Config
 from llama_vision.engine.engine import Engine
+from llama_vision.engine.image_cache import ImageCache
 from llama_vision.engine.request import Completion, Request
 from llama_vision.engine.settings import Settings
 from llama_vision.errors import LlamaVisionError
@@ -41,10 +43,12 @@ from llama_vision.inputs.image import tile_image
 from llama_vision.memory.plan import MemoryPlan, plan_memory
 
 __all__ = [
+    "Chat",
     "Completion",
     "Config",
     "Engine",
     "FeatureNorm",
+    "ImageCache",
     "KeyNorm",
     "LastQuery",
     "LlamaVision",

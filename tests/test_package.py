@@ -14,7 +14,7 @@ from llama_vision.checkpoint.hub import EMBEDDED_MODEL
 TESTS = Path(__file__).parent
 PACKAGE = Path(llama_vision.__file__).parent
 BASE = {"errors", "values", "quantization", "config", "reading"}
-PARTS = BASE | {"cache", "inputs", "model", "engine", "checkpoint", "memory"}
+PARTS = BASE | {"cache", "inputs", "model", "drawing", "engine", "checkpoint", "memory"}
 MAY_IMPORT = {
     "errors": set(),
     "values": {"errors"},
@@ -24,13 +24,16 @@ MAY_IMPORT = {
     "cache": BASE,
     "inputs": BASE,
     "model": BASE | {"cache"},
-    "engine": BASE | {"cache", "inputs", "model"},
+    "drawing": BASE | {"inputs"},
+    "engine": BASE | {"cache", "inputs", "model", "drawing"},
     "checkpoint": BASE | {"model"},
     "memory": PARTS,
-    "api": PARTS,
-    "__init__": PARTS | {"api"},
+    "chat": PARTS,
+    "api": PARTS | {"chat"},
+    "__init__": PARTS | {"chat", "api"},
     "show": PARTS,
-    "cli": PARTS | {"api", "show"},
+    "batch": PARTS | {"api"},
+    "cli": PARTS | {"chat", "api", "show", "batch"},
     "__main__": {"cli"},
 }
 """A row for each folder, and each file beside them; the files of a folder import one another."""
@@ -41,10 +44,14 @@ ONLY_TORCH = {"config", "cache", "model"}
 
 TESTED_WITH = {
     "api": "__init__",
+    "chat.chat": "__init__",
     "cache.rule": "__init__",
     "cache.rules": "__init__",
     "engine.engine": "__init__",
+    "engine.image_cache": "__init__",
     "engine.request": "__init__",
+    "engine.shared_images": "__init__",
+    "engine.workload_of": "__init__",
     "engine.settings": "__init__",
     "engine.stopwatch": "__init__",
     "inputs.prompts": "__init__",
