@@ -520,3 +520,24 @@ def test_only_a_finished_request_that_is_held_can_be_undone_or_replaced(small):
         engine.undo(request)
     engine.cancel(waiting)
     assert engine.undo(request) is None
+
+
+def test_images_that_the_cache_cannot_be_enlarged_for_are_refused(small, monkeypatch):
+    engine = new_engine(small, slots=3, visual_budget=None)
+    draw = random.Random(5)
+    images = [random_prompt(small, draw, images=count) for count in (1, 3)]
+    room = small.room
+    monkeypatch.setattr(type(small), "room", room)
+    room.free = 2**30
+    first = engine.submit(images[0], hold=True, **GREEDY)
+    engine.run(first)
+    room.free = 0
+    with pytest.raises(MemoryLimitError, match=r"visual tokens of each slot, .* show fewer images"):
+        engine.submit(images[1])
+    assert engine.submit(images[0]) in engine.waiting  # what there is holds them
+    assert engine.submit(images[1], pruner=TopK(2)) in engine.waiting
+    room.free = 2**40
+    assert engine.submit(images[1]) in engine.waiting
+    forced = new_engine(small, slots=3, visual_budget=None, force=True)
+    room.free = 0
+    assert forced.submit(images[1]) in forced.waiting

@@ -83,10 +83,9 @@ class Engine:
         self.decoder = Decoder(model.model, self.cache, compiled=compiled, graphs=graphs)
         self.visual_budgets = (visual_budget, capacity)
         self.waiting: deque[Request] = deque()
-        self.slots = Slots(self.cache, self.waiting)
-        self.counts = Counts()
+        self.slots = Slots(self.cache, self.waiting, None if force else model)
+        self.workload, self.counts = workload, Counts()
         self.images = SharedImages(model, self.waiting, self.counts)
-        self.workload = workload
         self.seconds = {"vision": 0.0, "prefill": 0.0, "decode": 0.0}
         self.ledger: Any = None  # a `memory.ledger.Ledger` that is to note the peaks of memory
 
@@ -128,6 +127,7 @@ class Engine:
             hold=check("hold", hold, Flag()),
         )
         request.check_budgets(self.cache.visual, self.visual_budgets)
+        self.slots.check_growth(request)
         self.waiting.append(request)
         return request
 

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 
 from llama_vision.cache.kv import Cache
-from llama_vision.engine.request import Request
+from llama_vision.engine.request import Checkpoint, Request
 from llama_vision.errors import LlamaVisionError
 from llama_vision.values import Instance, check
 
@@ -17,10 +17,11 @@ class Slots:
 
     Args:
         waiting: the requests that have none yet.
+        checkpoint: whose room limits what the cache is enlarged to; None for no limit.
     """
 
-    def __init__(self, cache: Cache, waiting: Collection[Request]):
-        self.cache, self.waiting = cache, waiting
+    def __init__(self, cache: Cache, waiting: Collection[Request], checkpoint: Checkpoint | None):
+        self.cache, self.waiting, self.checkpoint = cache, waiting, checkpoint
         self.held: dict[int, Request] = {}
         """The latest request of each slot that is taken."""
 
@@ -32,6 +33,16 @@ class Slots:
     def can_take(self, request: Request) -> bool:
         """Whether there is a slot for it: a free one, or that of its conversation."""
         return request.after is not None or len(self.held) < self.cache.slots
+
+    def check_growth(self, request: Request) -> None:
+        """Refuse images for which the cache would be enlarged, where there is no room for that.
+
+        What a pruner will leave of them is not known beforehand.
+        """
+        store, need = self.cache.visual, request.size.decoded(request.config)
+        known = self.checkpoint is not None and request.settings.pruner is None
+        if known and not store.fixed and need > max(store.capacities, default=need):
+            self.checkpoint.room.check_growth(self.cache, need)
 
     def take(self, request: Request) -> None:
         """Give it one."""

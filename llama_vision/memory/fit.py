@@ -184,6 +184,18 @@ class Room:
             load = workload_alike(self.config, visual_budget=visual_capacity, **sizes)
             self.check(replace(load, slots=slots))
 
+    def check_growth(self, cache: Cache, visual_tokens: int) -> None:
+        """Raise MemoryLimitError where a cache cannot be enlarged to so many tokens a slot."""
+        sizes = {"slots": cache.slots, "max_text_tokens": 1, "visual_capacity": visual_tokens}
+        plan = Cache.plan(self.config.text, dtype=self.dtype, **sizes)
+        more = plan.visual - cache.visual.nbytes
+        if self.free is not None and more > self.free:
+            raise MemoryLimitError(
+                f"the images need {visual_tokens} visual tokens of each slot, {human_bytes(more)} "
+                f"more, and {human_bytes(self.free)} are free on {self.device}; show fewer images "
+                "together, or choose a pruner, such as --keep 0.5 (pruner=MaxMin(0.5, merge=True))"
+            )
+
     def check(self, load: Workload) -> None:
         """Before anything is allocated.
 
