@@ -57,16 +57,27 @@ def read_json(path: Path, error: type[LlamaVisionError]) -> dict[str, Any]:
     """A file's JSON object; a byte order mark before it is skipped.
 
     Raises:
-        LlamaVisionError: of the kind `error`: see `read_bytes`; or it is no JSON object in UTF-8.
+        LlamaVisionError: of the kind `error`: see `read_bytes` and `parse_object`.
     """
-    name, data = shown(path), read_bytes(path, error)
+    return parse_object(read_bytes(path, error), shown(path), error)
+
+
+def parse_object(data: bytes, name: str, error: type[LlamaVisionError]) -> dict[str, Any]:
+    """The JSON object that some bytes are; a byte order mark before it is skipped.
+
+    Args:
+        name: what to call them in a message.
+
+    Raises:
+        LlamaVisionError: of the kind `error`: they are no JSON object in UTF-8.
+    """
     if data.count(b"{") + data.count(b"[") > MOST_CONTAINERS:
         raise error(f"{name} holds more than {MOST_CONTAINERS:,} lists; it is damaged")
     try:
         value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_each_once)
     except UnicodeDecodeError as problem:
         raise error(
-            f"{name} cannot be read as JSON: byte {problem.start} is not UTF-8; fetch it again"
+            f"{name} cannot be read as JSON: byte {problem.start} is not UTF-8"
         ) from None
     except RecursionError:
         raise error(f"{name} cannot be read as JSON: it is nested too deeply") from None

@@ -5,6 +5,7 @@ from typing import Any
 from llama_vision.cache.pruning import Pruner, PruningError
 from llama_vision.cache.rules import COUNTED_RULES, MaxMin, TrimmedLlama
 from llama_vision.errors import quote
+from llama_vision.values import Flag, check
 
 RULE_OPTIONS = ("keep", "k_ratio", "pruner", "merge")
 """What `choose_rule` takes, by name."""
@@ -31,6 +32,7 @@ def choose_rule(
     Raises:
         PruningError: they contradict one another, or one is out of range.
     """
+    check("merge", merge, Flag(), error=PruningError)
     if pruner is not None and (not isinstance(pruner, str) or pruner not in COUNTED_RULES):
         names = ", ".join(COUNTED_RULES)
         raise PruningError(f"there is no pruner {quote(pruner)}; expected one of {names}")

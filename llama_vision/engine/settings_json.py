@@ -49,6 +49,7 @@ def read_settings(given: Mapping[str, Any], base: Settings) -> Settings:
             raise SettingError(f"{name} says {ours} a second time; give one of them")
         plain[ours] = value
     rule = {name: plain.pop(name) for name in RULE_OPTIONS if name in plain}
-    if rule:
-        plain["pruner"] = choose_rule(**rule, seed=plain.get("seed"))
+    chosen = choose_rule(**rule, seed=plain.get("seed"))
+    if chosen is not None:
+        plain["pruner"] = chosen
     return base.but(**plain)
