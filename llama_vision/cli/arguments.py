@@ -53,6 +53,7 @@ def read_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     _add_question(parser.add_argument_group("question"))
     _add_answer(parser.add_argument_group("answer"))
+    _add_batch(parser.add_argument_group("many prompts"))
     _add_pruning(parser.add_argument_group("pruning"))
     _add_showing(parser.add_argument_group("what was kept, to look at"))
     _add_device(parser.add_argument_group("device and weights"))
@@ -94,6 +95,12 @@ def _add_question(group: Group) -> None:
     )
     add("--response", type=text, metavar="TEXT", help="with --guard, judge this answer to it")
     add("--max-tiles", type=whole, metavar="N", help="most tiles an image is cut into")
+    add(
+        "--chat",
+        action="store_true",
+        help="a conversation on the terminal, about the pictures given; /help lists its commands",
+    )
+    add_image_cache(group)
 
 
 def _add_answer(group: Group) -> None:
@@ -121,6 +128,24 @@ def _add_answer(group: Group) -> None:
     )
     add("--json", action="store_true", help="print one JSON object on the last line of stdout")
     add("--top-logprobs", type=whole, metavar="N", help="in --json, of the N likeliest tokens")
+
+
+def _add_batch(group: Group) -> None:
+    add = group.add_argument
+    add(
+        "--batch",
+        metavar="FILE|FOLDER",
+        help='answer every line of a JSONL file, {"id": …, "prompt": …, "images": […]} or '
+        '{"id": …, "messages": […]}, with settings of its own by name; or --prompt about every '
+        "picture of a folder",
+    )
+    add(
+        "--out",
+        metavar="FILE",
+        help="of the answers, a line each in the order of the prompts (--json adds tokens); what "
+        "is answered there is not asked again",
+    )
+    add("--slots", type=whole, metavar="N", help="prompts at once (default: what fits, at most 8)")
 
 
 def _add_pruning(group: Group) -> None:
@@ -226,6 +251,17 @@ def add_quantization(group: argparse._ActionsContainer) -> None:
     add("--quantize-group", type=whole, metavar="N", help="weights that share a scale in int4")
     add("--quantize-cross", metavar="FORMAT", help="of the cross-attention blocks alone")
     add("--adapter", metavar="DIR|REPO", help="merge a LoRA, as peft saves it, into the weights")
+
+
+def add_image_cache(group: argparse._ActionsContainer) -> None:
+    """How much of the host's memory may hold what pictures became."""
+    group.add_argument(
+        "--image-cache",
+        metavar="SIZE",
+        help="keep the features of pictures in so much host memory, such as 1GiB, for further "
+        "questions about them (default: in a chat 256MiB, else only while a prompt that shows the "
+        "same picture waits)",
+    )
 
 
 def build_quantization(options: argparse.Namespace) -> str | Quantization | None:

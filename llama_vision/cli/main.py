@@ -17,6 +17,8 @@ from llama_vision.checkpoint.devices import parse_device
 from llama_vision.checkpoint.hub import load_config
 from llama_vision.checkpoint.resolve import resolve
 from llama_vision.cli.arguments import build_pruner, build_quantization, read_arguments
+from llama_vision.cli.batch import check_batch, run_batch
+from llama_vision.cli.chat import check_chat, talk
 from llama_vision.cli.reports import format_stats, make_report, print_plan
 from llama_vision.cli.terminal import (
     EXIT_INTERRUPTED,
@@ -30,6 +32,7 @@ from llama_vision.cli.terminal import (
 from llama_vision.config import divided
 from llama_vision.engine.capture import check_compiler
 from llama_vision.engine.engine import Engine
+from llama_vision.engine.image_cache import ImageCache
 from llama_vision.engine.request import Request
 from llama_vision.engine.settings import Settings
 from llama_vision.engine.settings_json import SETTING_NAMES
@@ -49,6 +52,7 @@ from llama_vision.inputs.special import BEGIN_OF_TEXT, reading_special, special_
 from llama_vision.inputs.tokenizer import Tokenizer
 from llama_vision.inputs.vocabulary import PlainBytes
 from llama_vision.memory.fit import check_before_download
+from llama_vision.memory.units import parse_bytes
 from llama_vision.model import parallel
 from llama_vision.show.write import check_target, show_kept
 from llama_vision.values import Whole, check
@@ -80,7 +84,7 @@ def run_divided(options: argparse.Namespace) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Plan, or load, answer and report."""
+    """Refuse what can be refused without the weights; then plan, or answer."""
     options.quantize = build_quantization(options)
     if options.devices is not None:
         check("devices", options.devices, Whole(1, 1024))
@@ -89,8 +93,9 @@ def run(options: argparse.Namespace) -> int:
                 "--devices is of --plan and --fit; to run, torchrun --nproc-per-node "
                 f"{options.devices} generate.py …"
             )
-    # First what can be refused without the weights: they take long to load.
     check_question(options)
+    check_batch(options)
+    check_chat(options)
     settings = chosen_settings(options)
     Settings(**settings)
     check_target(
@@ -99,8 +104,17 @@ def run(options: argparse.Namespace) -> int:
     images = [open_image(path) for path in options.image]
     if options.plan or options.fit is not None:
         return plan(options, images, settings)
+    if options.batch is not None:
+        return run_batch(options, settings, load_outline(options))
+    if options.chat:
+        return talk(options, images, settings, load_outline(options))
     if options.prompt is None:
         raise PromptError("there is no --prompt; expected a question or a text to go on from")
+    return ask(options, images, settings)
+
+
+def ask(options: argparse.Namespace, images: list[Image], settings: dict[str, Any]) -> int:
+    """Load, answer one prompt and report."""
     start = time.perf_counter()
     model = load_outline(options)
     prompt = build_prompt(model, options, images)
@@ -152,7 +166,9 @@ def load_outline(options: argparse.Namespace) -> LlamaVision:
         check_before_download(
             options.model, options.dtype, options.device, options.quantize, options.devices or 1
         )
+    cache = None if options.image_cache is None else ImageCache(parse_bytes(options.image_cache))
     model = LlamaVision.without_weights(options.model, device=options.device, **of_model(options))
+    model.image_cache = cache
     if model.outline.conversion:
         tell(model.outline.conversion)
     if model.outline.adapter is not None:
