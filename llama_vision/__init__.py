@@ -2,8 +2,8 @@
 
 Read in this order: config; then model/ (layers, vision, text, model), the architecture; cache/
 (kv, visual_tokens, pruning, rules), what it remembers of text and pictures; inputs/, what goes in;
-engine/ (segments, prefill, decode, sampling, engine), what runs it; then memory/, checkpoint/, api,
-cli/. errors and values are what all doors share.
+engine/ (segments, prefill, decode, sampling, engine), what runs it; then memory/, checkpoint/,
+chat/, api, drawing/, batch/, serve/, cli/. errors and values are what all doors share.
 
 Letters for dimensions, the same everywhere:
     B  slots                          S  text rows of this forward     L  text rows cached

@@ -34,11 +34,14 @@ MAY_IMPORT = {
     "show": PARTS,
     "batch": PARTS | {"api"},
     "cli": PARTS | {"chat", "api", "show", "batch"},
+    "serve": PARTS | {"api", "cli"},
     "__main__": {"cli"},
 }
 """A row for each folder, and each file beside them; the files of a folder import one another."""
 
 THIRD_PARTY = {"torch", "safetensors", "huggingface_hub", "sentencepiece", "tiktoken", "PIL"}
+OF_THE_SERVER = {"starlette", "uvicorn"}
+"""Third parties of `serve` alone: the extra `server`."""
 ONLY_TORCH = {"config", "cache", "model"}
 """What knows tensors and nothing else: no files, no hub, no pictures."""
 
@@ -51,14 +54,18 @@ TESTED_WITH = {
     "engine.image_cache": "__init__",
     "engine.request": "__init__",
     "engine.shared_images": "__init__",
+    "engine.slots": "__init__",
     "engine.workload_of": "__init__",
     "engine.settings": "__init__",
     "engine.stopwatch": "__init__",
     "inputs.prompts": "__init__",
+    "inputs.remote_chat": "serve.bodies",
     "checkpoint.outline": "__init__",
     "checkpoint.save": "cli.save",
     "cli.arguments": "cli.main",
+    "cli.chat": "cli.main",
     "cli.reports": "cli.main",
+    "serve.replies": "serve.app",
     "__main__": "cli.main",
 }
 """Files whose names tests have from another: what the package gives out, what the command does."""
@@ -133,16 +140,18 @@ def test_no_files_import_one_another_in_a_circle():
 def test_third_parties_are_those_declared(file):
     packages = {name.split(".")[0] for name in imports_of(tree_of(FILES[file]))}
     others = packages - set(sys.stdlib_module_names) - {"llama_vision"}
-    assert others <= ({"torch"} if folder_of(file) in ONLY_TORCH else THIRD_PARTY)
+    also = OF_THE_SERVER if folder_of(file) == "serve" else set()
+    assert others <= ({"torch"} if folder_of(file) in ONLY_TORCH else THIRD_PARTY | also)
 
 
 def test_dependencies_are_those_imported():
     """What pyproject.toml asks for, no more and no less."""
     text = (PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8")
-    block = text.partition("\ndependencies = ")[2].partition("]")[0] + "]"
-    declared = {requirement.split(">=")[0] for requirement in ast.literal_eval(block)}
     names = {"PIL": "pillow", "huggingface_hub": "huggingface-hub"}
-    assert declared == {names.get(package, package) for package in THIRD_PARTY}
+    for field, packages in (("dependencies", THIRD_PARTY), ("server", OF_THE_SERVER)):
+        block = text.partition(f"\n{field} = ")[2].partition("]")[0] + "]"
+        declared = {requirement.split(">=")[0] for requirement in ast.literal_eval(block)}
+        assert declared == {names.get(package, package) for package in packages}
 
 
 @every_file
