@@ -76,9 +76,7 @@ def parse_object(data: bytes, name: str, error: type[LlamaVisionError]) -> dict[
     try:
         value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_each_once)
     except UnicodeDecodeError as problem:
-        raise error(
-            f"{name} cannot be read as JSON: byte {problem.start} is not UTF-8"
-        ) from None
+        raise error(f"{name} cannot be read as JSON: byte {problem.start} is not UTF-8") from None
     except RecursionError:
         raise error(f"{name} cannot be read as JSON: it is nested too deeply") from None
     except ValueError as problem:

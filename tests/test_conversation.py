@@ -419,6 +419,20 @@ def test_the_least_recently_used_goes_first(tiny):
     assert [encoded(i) for i in (0, 0)] == [1, 1]
 
 
+def test_a_cache_is_of_one_model(tiny, pico):
+    first = cached(tiny, 10**6)
+    first.chat(**SHORT).ask([Image.open(PICTURES[0])])
+    second = LlamaVision(pico.model, pico.tokenizer)
+    second.image_cache = first.image_cache
+    with pytest.raises(SettingError, match="the image cache is another model's"):
+        second.chat()
+    second.image_cache.clear()
+    second.chat()
+    second.image_cache = 2**20
+    with pytest.raises(SettingError, match="image_cache is 1048576; expected an ImageCache"):
+        second.chat()
+
+
 @pytest.mark.parametrize("most", [-1, 1.5, "1GiB", None])
 def test_the_limit_is_a_number_of_bytes(most):
     with pytest.raises(SettingError, match="max_bytes is"):

@@ -4,11 +4,13 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from threading import Lock
 from typing import NamedTuple
+from weakref import ref
 
 from torch import Tensor
 
 from llama_vision.cache.merging import ChosenTokens
 from llama_vision.cache.visual_tokens import Grid
+from llama_vision.errors import SettingError
 from llama_vision.values import Whole, check
 
 
@@ -40,6 +42,7 @@ class ImageCache:
         self.nbytes = 0
         self.hits = self.misses = 0
         """Questions to it that it could answer, and that it could not."""
+        self._model: ref | None = None
         self._entries: OrderedDict[Hashable, tuple[EncodedImage | ChosenTokens, int]] = (
             OrderedDict()
         )
@@ -47,6 +50,16 @@ class ImageCache:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def bind(self, model: object) -> None:
+        """Serve a model from now on.
+
+        Raises:
+            SettingError: another one has filled it, whose features mean nothing to this one.
+        """
+        if self._entries and self._model is not None and self._model() is not model:
+            raise SettingError("the image cache is another model's; give each model its own")
+        self._model = ref(model)
 
     def get(self, key: Hashable) -> EncodedImage | ChosenTokens | None:
         """What was put under a key, if it is still there."""

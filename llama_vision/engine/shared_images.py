@@ -9,10 +9,13 @@ from llama_vision.cache.pruning import traits_of
 from llama_vision.cache.rule import Rule
 from llama_vision.cache.visual_tokens import VisualTokens
 from llama_vision.engine.encode import encode_group
-from llama_vision.engine.image_cache import EncodedImage
+from llama_vision.engine.image_cache import EncodedImage, ImageCache
 from llama_vision.engine.request import Checkpoint, Request
 from llama_vision.engine.stopwatch import Counts
 from llama_vision.inputs.image import tile_image
+from llama_vision.values import Instance, check
+
+IMAGE_CACHE = Instance(ImageCache, "an ImageCache, such as ImageCache(2**30), or None")
 
 Key = tuple[bytes, int]
 """A picture's content, and the most tiles that it may be cut into."""
@@ -31,6 +34,8 @@ class SharedImages:
     def __init__(self, checkpoint: Checkpoint, waiting: Collection[Request], counts: Counts):
         self.model, self.cache = checkpoint.model, checkpoint.image_cache
         self.waiting, self.counts = waiting, counts
+        if self.cache is not None:
+            check("image_cache", self.cache, IMAGE_CACHE).bind(self.model)
         self.held: dict[Key, EncodedImage] = {}
         self._noted: list[tuple[Hashable, VisualTokens]] = []
 
