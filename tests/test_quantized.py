@@ -192,8 +192,8 @@ MATRICES = {
 """Names and number of pico's matrices in each part."""
 
 
-def pico_prompt(model: LlamaVision) -> Prompt:
-    picture = open_image(EMBEDDED_MODEL / "examples" / "scene.png")
+def pico_prompt(model: LlamaVision, name: str = "scene") -> Prompt:
+    picture = open_image(EMBEDDED_MODEL / "examples" / f"{name}.png")
     return model.prompt([{"role": "user", "content": [picture, "Describe the image."]}])
 
 
@@ -234,7 +234,7 @@ def test_its_logits_stay_near_those_of_the_plain_weights(quantised, plain_logits
 
 def test_it_takes_what_was_planned(quantised):
     name, model = quantised
-    prompts = [pico_prompt(model)] * 2
+    prompts = [pico_prompt(model), pico_prompt(model, "sign")]
     model.generate(prompts[0], max_new_tokens=1)  # what is done once in a process
     engine, requests = model.start(prompts, max_new_tokens=3, track_memory=True, **DRAWN)
     engine.run(*requests)
