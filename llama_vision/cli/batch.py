@@ -132,7 +132,6 @@ def make_engine(
     load = workload_alike(
         model.config,
         batch=options.slots or min(MOST_SLOTS, prompts),
-        tiles=options.max_tiles,
         max_seq_len=length,
         visual_budget=options.visual_budget,
         pruner=settings.get("pruner"),
@@ -143,8 +142,15 @@ def make_engine(
     if options.compile:
         check_compiler(model.device.type)
     model.load_weights(force=options.force)
-    how = {"compiled": options.compile, "graphs": not options.no_graphs}
-    return Engine(model, slots=load.slots, max_seq_len=length, force=True, **how)
+    return Engine(
+        model,
+        slots=load.slots,
+        max_seq_len=length,
+        visual_budget=options.visual_budget,
+        compiled=options.compile,
+        graphs=not options.no_graphs,
+        force=options.force,
+    )
 
 
 class Progress:
