@@ -23,12 +23,13 @@ from fuzzing.kinds import KINDS
 from llama_vision import LlamaVision, LlamaVisionError
 
 SPREAD = {
-    "pictures": 150,
+    "pictures": 130,
     "checkpoints": 40,
-    "settings": 110,
-    "messages": 90,
-    "pruners": 60,
+    "settings": 90,
+    "messages": 80,
+    "pruners": 50,
     "commands": 50,
+    "json": 60,
 }
 """Cases of each kind: 500."""
 

@@ -6,7 +6,7 @@ Each is a function of a seed and of a folder for files, which prepares what its 
 from collections.abc import Callable
 from pathlib import Path
 
-from fuzzing import checkpoints, commands, messages, pictures, pruners, settings
+from fuzzing import checkpoints, commands, json_in, messages, pictures, pruners, settings
 from fuzzing.judge import Kind
 
 KINDS: dict[str, Callable[[int, Path], Kind]] = {
@@ -16,4 +16,5 @@ KINDS: dict[str, Callable[[int, Path], Kind]] = {
     "messages": messages.kind,
     "pruners": pruners.kind,
     "commands": commands.kind,
+    "json": json_in.kind,
 }

@@ -131,6 +131,11 @@ PROMPTS: dict[str, Shape] = {
     "Prompt(images=[image])": (lambda v: Prompt([IMAGE, 1], [v]), _picture),
     "prompt": (lambda v: v, lambda v: "refused"),
 }
+QUESTIONS: dict[str, Shape] = {
+    "question": (lambda v: v, _content),
+    "[part]": (lambda v: [v], _content),
+    "[text, part]": (lambda v: ["hi", v], _content),
+}
 SHORT = {"max_new_tokens": 1, "temperature": 0.0, "max_seq_len": 512}
 """Long texts are refused for their length: reading them takes longer than a case may."""
 
@@ -154,9 +159,19 @@ DOORS: dict[str, tuple[dict[str, Shape], Callable[[Any], Any]]] = {
     "plan": (PROMPTS, lambda given: tiny().plan([given], **SHORT)),
     "logits": (PROMPTS, lambda given: tiny().logits(given)),
     "submit": (PROMPTS, _submit),
+    "ask": (QUESTIONS, lambda given: tiny().chat(**SHORT).ask(given)),
 }
 EVERY = {**VALUES, **PICTURES, **NO_PICTURES}
-PLACES_OF_PICTURES = ("content", "[part]", "[text, part]", "image", "url", "Prompt(images=[image])")
+PLACES_OF_PICTURES = (
+    "content",
+    "question",
+    "[part]",
+    "[text, part]",
+    "image",
+    "url",
+    "Prompt(images=[image])",
+)
+TEXTS_TOO = ("content", "question", "[part]", "[text, part]")
 
 
 @cache
@@ -175,7 +190,7 @@ def expected_of(shape: str, name: str, rule: Callable[[Any], Expected], value: A
     if name in PICTURES and shape == "image":
         return "taken"
     if name in NO_PICTURES and shape in PLACES_OF_PICTURES:
-        is_text = isinstance(value, str) and shape in ("content", "[part]", "[text, part]")
+        is_text = isinstance(value, str) and shape in TEXTS_TOO
         return "either" if is_text or name == "float array" else "refused"
     return rule(value) if name != "Prickly()" else "refused"
 

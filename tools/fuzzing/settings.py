@@ -114,6 +114,10 @@ def _submit(setting: str, value: Any) -> None:
     engine.run(engine.submit(prompt(), **_given(setting, value)))
 
 
+def _chat(setting: str, value: Any) -> None:
+    tiny().chat(**_given(setting, value)).ask([picture(), "hi"])
+
+
 def _engine(setting: str, value: Any) -> None:
     engine = Engine(tiny(), **{"max_seq_len": LONGEST, setting: value})
     engine.run(engine.submit(prompt(), max_new_tokens=1, temperature=0.0, pruner=TopK(1)))
@@ -143,6 +147,7 @@ DOORS: dict[str, Callable[[str, Any], Any]] = {
     "plan": lambda s, v: tiny().plan([prompt()], **_given(s, v)),
     "Engine": _engine,
     "submit": _submit,
+    "chat": _chat,
     "logits": _logits,
     "from_pretrained": lambda s, v: LlamaVision.from_pretrained(**{"source": TINY, s: v}),
     "without_weights": _outline,
@@ -178,6 +183,11 @@ def rules() -> dict[str, dict[str, Rule]]:
         "plan": {**fields, "slots": OF_A_RUN["slots"]},
         "Engine": OF_AN_ENGINE,
         "submit": {**fields, "hold": flag, "after": of_types(none=True)},
+        "chat": {
+            **fields,
+            **{name: OF_AN_ENGINE[name] for name in ("max_seq_len", "compiled", "graphs", "force")},
+            "system": of_types(str, none=True),
+        },
         "logits": {name: rule for name, rule in fields.items() if name in taken},
         "from_pretrained": {**loading, "force": flag},
         "without_weights": loading,
