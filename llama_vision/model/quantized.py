@@ -19,8 +19,9 @@ ROWS_OF_PRODUCT = {8: 12, 4: 32}
 """By bits, the rows of x up to which torch's product with integers is the faster way: it reads few
 bytes, and its time grows with the rows. Above, the integers become bfloat16 again."""
 
-UNPACKED_AT_ONCE = 2**22
-"""Weights that are bfloat16 at the same time: so few stay in a processor's cache."""
+UNPACKED_ROWS = 512
+"""Rows that are bfloat16 at the same time: so few stay in a processor's cache, and fewer would be
+too few for a product to be fast."""
 
 PACKED_ROWS = 64
 """Rows that are packed together, at most: other rows may be packed apart."""
@@ -133,39 +134,36 @@ class QuantizedLinear(nn.Module):
     def _unpacked_product(self, x: Tensor) -> Tensor:
         """[M, in] -> [M, out], with the matrix as bfloat16 some rows at a time."""
         out = x.new_empty(len(x), self.out_features)
-        step = max(1, UNPACKED_AT_ONCE // (PACKED_ROWS * self.in_features)) * PACKED_ROWS
-        buffer = x.new_empty(min(step, self.out_features) * self.in_features)
-        for start in range(0, self.out_features, step):
-            rows = slice(start, min(start + step, self.out_features))
+        buffer = x.new_empty(min(UNPACKED_ROWS, self.out_features) * self.in_features)
+        for start in range(0, self.out_features, UNPACKED_ROWS):
+            rows = slice(start, min(start + UNPACKED_ROWS, self.out_features))
             part = buffer[: (rows.stop - start) * self.in_features]
             if self.form.bits == 8:
-                out[:, rows] = x @ part.view(-1, self.in_features).copy_(self.weight[rows]).T
+                weights = part.view(-1, self.in_features).copy_(self.weight[rows]).T
             else:
-                out[:, rows] = x @ self._unpack(rows, part)
+                weights = self._unpack(rows, part.view(self.in_features, -1))
+            torch.mm(x, weights, out=out[:, rows])
         return out.mul_(self.scale) if self.form.bits == 8 else out
 
-    def _unpack(self, rows: slice, buffer: Tensor) -> Tensor:
-        """The weights of some rows of int4, from what `fill` packed on a CPU: [in, n], bfloat16.
+    def _unpack(self, rows: slice, weights: Tensor) -> Tensor:
+        """Fill weights [in, n] with some rows of int4, from what `fill` packed on a CPU.
 
         A block of rows is packed column by column. In whole blocks the low bits of the bytes hold
         the first half of a column, or as in a smaller last block every other row.
         """
         block, in_halves = packed_block()
-        count, inputs = rows.stop - rows.start, self.in_features
+        inputs, count = weights.shape
         whole = count // block * block
-        parts = []
         for start, end, size in ((0, whole, block), (whole, count, count - whole)):
             if start == end:
                 continue
-            here = slice(rows.start + start, rows.start + end)
-            packed = self.weight[here].reshape(-1, inputs, size // 2)  # [blocks, in, size / 2]
+            packed = self.weight[rows.start + start : rows.start + end]
+            packed = packed.reshape(-1, inputs, size // 2)  # [blocks, in, size / 2]
             q = nibbles(packed, in_halves and size == block).view(torch.int8).sub_(8)
-            weights = buffer[start * inputs : end * inputs].view(q.shape).copy_(q)
-            scale = self.scale[:, here, 0].contiguous()  # four times as fast to multiply by
-            scale = scale.unflatten(1, (-1, 1, size)).transpose(0, 1)  # [blocks, in / g, 1, size]
-            weights.unflatten(1, (-1, self.form.group)).mul_(scale)  # [blocks, in / g, g, size]
-            parts.append(weights.transpose(0, 1).reshape(inputs, -1))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+            weights[:, start:end].unflatten(1, (-1, size)).copy_(q.transpose(0, 1))
+        scale = self.scale[:, rows, 0].contiguous()  # [in / g, n]; side by side they are fast
+        weights.unflatten(0, (-1, self.form.group)).mul_(scale[:, None])
+        return weights
 
 
 def nibbles(packed: Tensor, in_halves: bool) -> Tensor:
