@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from answerer import make_prompts
 from machine import describe, versions
-from models import named_config, random_model
+from models import bench_parser, load, named_config
 from progress import redraw
 
 from llama_vision import Engine, LlamaVision, Prompt
@@ -51,31 +51,20 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = bench_parser(__doc__)
     add = parser.add_argument
-    add("model", help="a directory, or 340m with random weights")
-    add("--device", default="cpu")
-    add("--dtype", default="float32", choices=DTYPES)
-    add("--threads", type=int, default=0, help="of a CPU; 0: torch's")
     add("--prompts", type=int, default=64)
     add("--slots", type=int, default=8, help="prompts that are answered at once")
     add("--tiles", type=int, default=1, choices=range(1, 5), help="of each prompt's picture")
     add("--prompt-tokens", type=int, default=20)
     add("--new-tokens", type=int, nargs=2, default=[4, 128], help="least and most of an answer")
-    add("--rounds", type=int, default=5)
     return parser.parse_args()
 
 
 def prepare(options: argparse.Namespace) -> tuple[Engine, list[tuple[Prompt, int]]]:
     """An engine, and prompts with the lengths of their answers."""
-    if Path(options.model).is_dir():
-        how = {"device": options.device, "dtype": options.dtype}
-        model = LlamaVision.from_pretrained(options.model, **how)
-    else:
-        config, device = named_config(options.model), torch.device(options.device)
-        model = LlamaVision(random_model(config, DTYPES[options.dtype], device))
+    config, device = named_config(options.model), torch.device(options.device)
+    model = LlamaVision(load(options.model, config, DTYPES[options.dtype], device))
     work = list(make_prompts(Prompt, model.config, options))
     most = max(len(prompt.token_ids) + length for prompt, length in work)
     return Engine(model, slots=options.slots, max_seq_len=most), work

@@ -29,12 +29,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from limits import Limits, decode_bytes, encode_operations, prefill_operations, timed
 from machine import describe, processor, versions
-from models import named_config, random_model, save_checkpoint
+from models import bench_parser, load, named_config, save_checkpoint
 from peers import Ours, Peer, Run, Transformers, load_with_transformers
 from progress import redraw
 
 from llama_vision.checkpoint.loading import load_model
-from llama_vision.config import DTYPES, Config
+from llama_vision.config import DTYPES
 from llama_vision.model.model import LlamaVisionModel
 
 METRICS = ("image encoding", "first token", "decode")
@@ -82,33 +82,20 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = bench_parser(__doc__)
+    parser.set_defaults(threads=2 if os.cpu_count() == 2 else 0)
     add = parser.add_argument
-    add("model", help="a directory, 340m, 11b or 90b")
-    add("--device", default="cpu")
-    add("--dtype", default="float32", choices=DTYPES)
-    add("--threads", type=int, default=2 if os.cpu_count() == 2 else 0, help="of a CPU; 0: torch's")
     add("--batches", type=int, nargs="+", default=[1])
     add("--tiles", type=int, nargs="+", default=[1, 4], choices=(1, 2, 3, 4))
     add("--keep", type=float, nargs="+", default=[], help="ours trimmed to this part, too")
     add("--prompt-tokens", type=int, default=40)
     add("--new-tokens", type=int, default=32)
-    add("--rounds", type=int, default=5)
     add("--compile", action="store_true", help="ours with compiled decoding too")
     add("--peers", nargs="*", default=["eager"], choices=("eager", "static", "compiled"))
     add("--loading", action="store_true", help="from files to the device, too")
     add("--growth", metavar="PNG", help="decode time against text length and visual tokens")
     add("--save", nargs="?", const=True, metavar="WORD", help="one more word for the file's name")
     return parser.parse_args()
-
-
-def load(name: str, config: Config, dtype: torch.dtype, device: torch.device) -> LlamaVisionModel:
-    """Random weights, or those of a directory."""
-    if Path(name).is_dir():
-        return load_model(Path(name), config, device=device, dtype=dtype)
-    return random_model(config, dtype, device)
 
 
 def compare_all(

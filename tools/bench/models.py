@@ -1,5 +1,6 @@
 """Models to measure with: official sizes, a middle one, and checkpoints in directories."""
 
+import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +10,9 @@ from safetensors.torch import save_file
 
 from llama_vision.checkpoint.config_json import config_to_dict
 from llama_vision.checkpoint.hub import load_config
+from llama_vision.checkpoint.loading import load_model
 from llama_vision.checkpoint.names import official_names
-from llama_vision.config import Config, official_config
+from llama_vision.config import DTYPES, Config, official_config
 from llama_vision.model.model import LlamaVisionModel, model_without_weights
 
 
@@ -61,6 +63,26 @@ def random_model(config: Config, dtype: torch.dtype, device: torch.device) -> Ll
         entry.zero_()  # as published
     model.vision.compare_padding_tiles()
     return model.eval().requires_grad_(False)
+
+
+def load(name: str, config: Config, dtype: torch.dtype, device: torch.device) -> LlamaVisionModel:
+    """Random weights, or those of a directory."""
+    if Path(name).is_dir():
+        return load_model(Path(name), config, device=device, dtype=dtype)
+    return random_model(config, dtype, device)
+
+
+def bench_parser(doc: str) -> argparse.ArgumentParser:
+    """Arguments that most benchmarks have: the model, and what it runs on."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=formatter)
+    add = parser.add_argument
+    add("model", help="a directory, 340m, 11b or 90b; random weights, but for a directory's")
+    add("--device", default="cpu")
+    add("--dtype", default="float32", choices=DTYPES)
+    add("--threads", type=int, default=0, help="of a CPU; 0: torch's")
+    add("--rounds", type=int, default=5)
+    return parser
 
 
 def save_checkpoint(model: LlamaVisionModel, directory: Path) -> None:

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from answerer import make_prompts
 from machine import describe, versions
-from models import named_config, random_model
+from models import bench_parser, load, named_config
 from progress import redraw
 
 from llama_vision import Engine, LlamaVision, Prompt
@@ -33,12 +33,8 @@ def main() -> None:
     options = parse()
     if options.threads:
         torch.set_num_threads(options.threads)
-    if Path(options.model).is_dir():
-        how = {"device": options.device, "dtype": options.dtype}
-        model = LlamaVision.from_pretrained(options.model, **how)
-    else:
-        config, device = named_config(options.model), torch.device(options.device)
-        model = LlamaVision(random_model(config, DTYPES[options.dtype], device))
+    config, device = named_config(options.model), torch.device(options.device)
+    model = LlamaVision(load(options.model, config, DTYPES[options.dtype], device))
     options.prompts = options.running + 1
     sizes = argparse.Namespace(**{**vars(options), "new_tokens": [1]})
     prompts = [prompt for prompt, _ in make_prompts(Prompt, model.config, sizes)]
@@ -55,19 +51,12 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = bench_parser(__doc__)
     add = parser.add_argument
-    add("model", help="a directory, or 340m with random weights")
-    add("--device", default="cpu")
-    add("--dtype", default="float32", choices=DTYPES)
-    add("--threads", type=int, default=0, help="of a CPU; 0: torch's")
     add("--running", type=int, default=3, help="answers that are being made")
     add("--new-tokens", type=int, default=256, help="of each of them")
     add("--tiles", type=int, default=1, choices=range(1, 5), help="of each prompt's picture")
     add("--prompt-tokens", type=int, default=20)
-    add("--rounds", type=int, default=5)
     return parser.parse_args()
 
 

@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from machine import describe, versions
-from models import named_config, random_model, save_checkpoint
+from models import bench_parser, named_config, random_model, save_checkpoint
 from progress import redraw
 
 from llama_vision.config import DTYPES
@@ -63,20 +63,13 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = bench_parser(__doc__)
     add = parser.add_argument
-    add("model", help="a directory, 340m, 11b or 90b; random weights, but for a directory's")
-    add("--device", default="cpu")
-    add("--dtype", default="float32", choices=DTYPES)
-    add("--threads", type=int, default=0, help="of a CPU; 0: torch's")
     add("--prompts", type=int, default=16)
     add("--slots", type=int, help="prompts that are answered at once (default: all)")
     add("--tiles", type=int, default=4, choices=range(5), help="of each prompt's picture; 0: none")
     add("--prompt-tokens", type=int, default=40)
     add("--new-tokens", type=int, nargs="+", default=[32], help="of all answers; or least and most")
-    add("--rounds", type=int, default=5)
     add("--compile", action="store_true")
     add("--package", metavar="DIR", help="another checkout to compare with")
     options = parser.parse_args()
