@@ -6,6 +6,7 @@ known its place in the file, and the digest by which its answer is found again.
 
 import json
 import os
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ class BatchError(LlamaVisionError):
     """A file or folder of prompts that cannot be read, or has none."""
 
 
-class Tasks:
+class Tasks(ABC):
     """Questions in order; `tasks[i]` reads one of them.
 
     Args:
@@ -65,15 +66,17 @@ class Tasks:
             task.problem = TaskError(f"line {self._twice[index]} has the same id; expected another")
         return task
 
+    @abstractmethod
     def name(self, task: Task) -> str:
         """What to call a question in a message."""
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self) -> None:
         """Read no more."""
 
+    @abstractmethod
     def _raw(self, index: int) -> bytes:
-        raise NotImplementedError
+        """The line, without blanks around it."""
 
     def _task(self, index: int, raw: bytes) -> Task:
         return Task(raw, index=index, line=self._lines[index], folder=self.folder)
@@ -141,6 +144,9 @@ class Pictures(Tasks):
     def name(self, task: Task) -> str:
         """See `Tasks`."""
         return shown(self.path / str(task.id))
+
+    def close(self) -> None:
+        """See `Tasks`; nothing is open."""
 
     def _raw(self, index: int) -> bytes:
         path = self._paths[index]
