@@ -236,7 +236,6 @@ class Engine:
         """Give a request its slot and prefill it; if that fails, nobody else is concerned."""
         self.waiting.remove(request)
         try:
-            self.slots.rows_before(request.after)
             self.slots.take(request)
             self._prefill(request)
         except BaseException:

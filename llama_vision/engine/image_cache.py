@@ -30,8 +30,8 @@ class EncodedImage(NamedTuple):
 class ImageCache:
     """Features by the content of their pictures, for all engines of one model.
 
-    Where a pruner that needs no text has chosen among a group's features, what it left is kept, and
-    the whole features too while there is room for them. The least recently used go first.
+    Where a rule that needs no text has chosen among a group's features, what it left is kept
+    instead of them. The least recently used go first.
 
     Args:
         max_bytes: of all features in it; what is larger is not kept.
@@ -40,8 +40,6 @@ class ImageCache:
     def __init__(self, max_bytes: int):
         self.max_bytes = check("max_bytes", max_bytes, Whole(0))
         self.nbytes = 0
-        self.hits = self.misses = 0
-        """Questions to it that it could answer, and that it could not."""
         self._model: ref | None = None
         self._entries: OrderedDict[Hashable, tuple[EncodedImage | ChosenTokens, int]] = (
             OrderedDict()
@@ -65,9 +63,7 @@ class ImageCache:
         """What was put under a key, if it is still there."""
         with self._lock:
             if key not in self._entries:
-                self.misses += 1
                 return None
-            self.hits += 1
             self._entries.move_to_end(key)
             return self._entries[key][0]
 

@@ -7,7 +7,7 @@ import torch
 from llama_vision.cache.merging import ChosenTokens
 from llama_vision.cache.pruning import traits_of
 from llama_vision.cache.rule import Rule
-from llama_vision.cache.visual_tokens import VisualTokens
+from llama_vision.cache.visual_tokens import Grid, VisualTokens
 from llama_vision.engine.encode import encode_group
 from llama_vision.engine.image_cache import EncodedImage, ImageCache
 from llama_vision.engine.request import Checkpoint, Request
@@ -51,19 +51,21 @@ class SharedImages:
         """
         choice = self._choice_key(request, budgets, numbers, group)
         chosen = None if choice is None else self.cache.get(choice)
-        if isinstance(chosen, ChosenTokens):
-            # Every tile is there, without its features: what is left of them has been chosen.
-            tiles = sum(len(kept) for kept in chosen.kept)
-            nothing = torch.empty(1, 1, 1, device=self.model.device)
-            nothing = nothing.expand(tiles, self.model.config.vision.tokens_per_tile, 1)
-            grids = [request.size.grids[i] for i in numbers]
-            visual = VisualTokens.of_images(nothing, grids, group=group)
-            visual.chosen = chosen.to(self.model.device)
-            return visual
+        if chosen is not None:
+            return self._chosen_before(chosen, [request.size.grids[i] for i in numbers], group)
         visual = self._encode(request, numbers, group, keep=choice is None)
         if choice is not None:
             visual.remember = True
             self._noted.append((choice, visual))
+        return visual
+
+    def _chosen_before(self, chosen: ChosenTokens, grids: list[Grid], group: int) -> VisualTokens:
+        """Every tile, without its features: what is left of them has been chosen."""
+        tiles = sum(len(kept) for kept in chosen.kept)
+        nothing = torch.empty(1, 1, 1, device=self.model.device)
+        nothing = nothing.expand(tiles, self.model.config.vision.tokens_per_tile, 1)
+        visual = VisualTokens.of_images(nothing, grids, group=group)
+        visual.chosen = chosen.to(self.model.device)
         return visual
 
     def settle(self) -> None:

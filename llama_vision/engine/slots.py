@@ -45,9 +45,11 @@ class Slots:
             self.checkpoint.room.check_growth(self.cache, need)
 
     def take(self, request: Request) -> None:
-        """Give it one."""
+        """Give it one; raises EngineError where its conversation has gone meanwhile."""
         free = (slot for slot in range(self.cache.slots) if slot not in self.held)
         after = request.after
+        if after is not None:
+            self.check_ended(after)
         request.rows = [*(self.unread(after) if after else ()), *request.prompt.token_ids]
         request.slot = after.slot if after else next(free)
         request.first_row = self.cache.text.lengths[request.slot]
@@ -67,7 +69,7 @@ class Slots:
 
     def undo(self, request: Request) -> Request | None:
         """See `Engine.undo`."""
-        self.rows_before(request)
+        self.check_ended(request)
         before = request.after
         if before is None:
             self.give_back(request)
@@ -79,7 +81,7 @@ class Slots:
 
     def replace_answer(self, request: Request, token_ids: list[int]) -> None:
         """See `Engine.replace_answer`."""
-        self.rows_before(request)
+        self.check_ended(request)
         pairs = enumerate(zip(request.answer_ids, token_ids, strict=False))
         shorter = min(len(request.answer_ids), len(token_ids))
         same = next((place for place, (old, new) in pairs if old != new), shorter)
@@ -89,22 +91,25 @@ class Slots:
         request.replaced = token_ids
 
     def rows_before(self, after: Request | None) -> int:
-        """Rows of a conversation's slot, those of the last answer that were not fed back included.
-
-        Raises:
-            EngineError: it cannot be gone on from.
-        """
+        """Rows of a conversation's slot, those of the last answer that were not fed back included;
+        for the errors see `check_ended`."""
         if after is None:
             return 0
-        check("after", after, Instance(Request, "a request that submit gave"), error=EngineError)
-        if not self._is_held(after) or any(request.after is after for request in self.waiting):
+        self.check_ended(after)
+        return self.cache.text.lengths[after.slot] + len(self.unread(after))
+
+    def check_ended(self, request: Request) -> None:
+        """Raise EngineError where a request is not the latest of a conversation that is held, or
+        has not finished."""
+        expected = Instance(Request, "a request that submit gave")
+        check("after", request, expected, error=EngineError)
+        if not self._is_held(request) or any(other.after is request for other in self.waiting):
             raise EngineError(
                 "the conversation is not held any more, or has gone on; submit its first prompts "
                 "with hold=True, and go on from the latest request"
             )
-        if after.finish_reason is None:
+        if request.finish_reason is None:
             raise EngineError("the request to go on from has not finished; step until it has")
-        return self.cache.text.lengths[after.slot] + len(self.unread(after))
 
     def _is_held(self, request: Request) -> bool:
         return request.slot is not None and self.held.get(request.slot) is request
