@@ -64,6 +64,7 @@ TESTED_WITH = {
     "checkpoint.save": "cli.save",
     "cli.arguments": "cli.main",
     "cli.chat": "cli.main",
+    "cli.loading": "cli.main",
     "cli.reports": "cli.main",
     "serve.replies": "serve.app",
     "__main__": "cli.main",

@@ -100,7 +100,7 @@ def _add_question(group: Group) -> None:
         action="store_true",
         help="a conversation on the terminal, about the pictures given; /help lists its commands",
     )
-    add_image_cache(group)
+    _add_image_cache(group)
 
 
 def _add_answer(group: Group) -> None:
@@ -253,7 +253,7 @@ def add_quantization(group: argparse._ActionsContainer) -> None:
     add("--adapter", metavar="DIR|REPO", help="merge a LoRA, as peft saves it, into the weights")
 
 
-def add_image_cache(group: argparse._ActionsContainer) -> None:
+def _add_image_cache(group: Group) -> None:
     """How much of the host's memory may hold what pictures became."""
     group.add_argument(
         "--image-cache",

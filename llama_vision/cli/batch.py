@@ -14,8 +14,8 @@ from llama_vision.api import LlamaVision
 from llama_vision.batch.answers import ORDERED, PART, Answers, beside
 from llama_vision.batch.run import Batch
 from llama_vision.batch.tasks import Tasks, open_tasks
+from llama_vision.cli.loading import load_weights
 from llama_vision.cli.terminal import EXIT_INTERRUPTED, EXIT_USAGE, tell
-from llama_vision.engine.capture import check_compiler
 from llama_vision.engine.engine import Engine
 from llama_vision.engine.settings import Settings
 from llama_vision.engine.workload import DEFAULT_SEQ_LEN, SLOTS, workload_alike
@@ -139,9 +139,7 @@ def make_engine(
     )
     if not options.force:
         load = model.room.fitted(load, options.slots)
-    if options.compile:
-        check_compiler(model.device.type)
-    model.load_weights(force=options.force)
+    load_weights(model, options)
     return Engine(
         model,
         slots=load.slots,

@@ -12,8 +12,8 @@ from PIL import Image
 from llama_vision.api import LlamaVision
 from llama_vision.chat.chat import Chat
 from llama_vision.chat.turn import Turn
+from llama_vision.cli.loading import load_weights
 from llama_vision.cli.terminal import OutputError, tell, tell_table, write
-from llama_vision.engine.capture import check_compiler
 from llama_vision.engine.image_cache import ImageCache
 from llama_vision.engine.workload import DEFAULT_SEQ_LEN
 from llama_vision.errors import LlamaVisionError, SettingError, quote
@@ -45,10 +45,12 @@ def check_chat(options: argparse.Namespace) -> None:
     Raises:
         SettingError: says what to leave out.
     """
-    for name in NOT_OF_A_CHAT if options.chat else ():
+    if not options.chat:
+        return
+    for name in NOT_OF_A_CHAT:
         if getattr(options, name):
             raise SettingError(f"--chat has no --{name.replace('_', '-')}; leave out one of them")
-    if options.chat and parallel.is_shared():
+    if parallel.is_shared():
         raise SettingError("--chat runs in one process; leave out torchrun")
 
 
@@ -64,9 +66,7 @@ def talk(
     length = settings.pop("max_seq_len", DEFAULT_SEQ_LEN)
     if not options.force:
         model.room.check_slots(1, length, None)
-    if options.compile:
-        check_compiler(model.device.type)
-    model.load_weights(force=options.force)
+    load_weights(model, options)
     chat = model.chat(
         system=options.system,
         max_seq_len=length,
@@ -101,7 +101,7 @@ class Conversation:
             "retry": lambda _: self.retry(),
             "undo": lambda _: tell(f"taken back: {described(chat.undo())}"),
             "stats": lambda _: tell_table(self.stats()),
-            "save": lambda path: chat.save(path),
+            "save": chat.save,
             "load": self.load,
             "help": lambda _: tell_table(HELP),
         }
@@ -158,7 +158,7 @@ class Conversation:
         with stop_asked() as asked:
             for piece in pieces:
                 write(piece, end="")
-                if asked():
+                if piece and asked():  # of an answer that has begun
                     pieces.close()
                     break
         write("")

@@ -19,6 +19,7 @@ from llama_vision.checkpoint.resolve import resolve
 from llama_vision.cli.arguments import build_pruner, build_quantization, read_arguments
 from llama_vision.cli.batch import check_batch, run_batch
 from llama_vision.cli.chat import check_chat, talk
+from llama_vision.cli.loading import load_outline, load_weights, of_model
 from llama_vision.cli.reports import format_stats, make_report, print_plan
 from llama_vision.cli.terminal import (
     EXIT_INTERRUPTED,
@@ -30,9 +31,7 @@ from llama_vision.cli.terminal import (
     write,
 )
 from llama_vision.config import divided
-from llama_vision.engine.capture import check_compiler
 from llama_vision.engine.engine import Engine
-from llama_vision.engine.image_cache import ImageCache
 from llama_vision.engine.request import Request
 from llama_vision.engine.settings import Settings
 from llama_vision.engine.settings_json import SETTING_NAMES
@@ -50,9 +49,6 @@ from llama_vision.inputs.guard import llama_guard_prompt
 from llama_vision.inputs.image import open_image
 from llama_vision.inputs.special import BEGIN_OF_TEXT, reading_special, special_names
 from llama_vision.inputs.tokenizer import Tokenizer
-from llama_vision.inputs.vocabulary import PlainBytes
-from llama_vision.memory.fit import check_before_download
-from llama_vision.memory.units import parse_bytes
 from llama_vision.model import parallel
 from llama_vision.show.write import check_target, show_kept
 from llama_vision.values import Whole, check
@@ -120,9 +116,7 @@ def ask(options: argparse.Namespace, images: list[Image], settings: dict[str, An
     prompt = build_prompt(model, options, images)
     if not options.force:
         model.room.fitted(model.workload([prompt], **settings))
-    if options.compile:
-        check_compiler(model.device.type)
-    model.load_weights(force=options.force)
+    load_weights(model, options)
     load_seconds = time.perf_counter() - start
     engine, (request,) = model.start(
         [prompt],
@@ -158,37 +152,6 @@ def chosen_settings(options: argparse.Namespace) -> dict[str, Any]:
     if options.guard and options.temperature is None:
         given["temperature"] = 0  # a verdict is no matter of chance
     return {name: value for name, value in given.items() if value is not None}
-
-
-def load_outline(options: argparse.Namespace) -> LlamaVision:
-    """All of the checkpoint but its weights, if they would fit."""
-    if not options.force:
-        check_before_download(
-            options.model, options.dtype, options.device, options.quantize, options.devices or 1
-        )
-    cache = None if options.image_cache is None else ImageCache(parse_bytes(options.image_cache))
-    model = LlamaVision.without_weights(options.model, device=options.device, **of_model(options))
-    model.image_cache = cache
-    if model.outline.conversion:
-        tell(model.outline.conversion)
-    if model.outline.adapter is not None:
-        tell(f"the adapter is merged: {model.outline.adapter}")
-    if model.tokenizer is not None and isinstance(model.tokenizer.vocabulary, PlainBytes):
-        tell("the checkpoint has no tokenizer; text is read and written as plain bytes")
-    if model.unsupported_settings:
-        names = some(list(model.unsupported_settings))
-        tell(f"generation_config.json asks for {names}, which is not supported and ignored")
-    return model
-
-
-def of_model(options: argparse.Namespace) -> dict[str, Any]:
-    """What `LlamaVision.without_weights` takes beside the device."""
-    return {
-        "dtype": options.dtype,
-        "quantize": options.quantize,
-        "adapter": options.adapter,
-        "devices": options.devices or 1,
-    }
 
 
 def answer(

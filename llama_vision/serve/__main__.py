@@ -11,11 +11,10 @@ from pathlib import Path
 from llama_vision.cache.choose_rule import choose_rule
 from llama_vision.checkpoint.hub import EMBEDDED_MODEL
 from llama_vision.cli.arguments import Parser, UsageError, add_quantization, build_quantization
-from llama_vision.cli.main import load_outline
+from llama_vision.cli.loading import load_outline, load_weights
 from llama_vision.cli.parsing import number, real, text, whole
 from llama_vision.cli.terminal import run_command, tell
 from llama_vision.engine.engine import Engine
-from llama_vision.engine.image_cache import ImageCache
 from llama_vision.engine.settings import Settings
 from llama_vision.engine.workload import DEFAULT_SEQ_LEN, slot_capacity
 from llama_vision.errors import LlamaVisionError, quote
@@ -89,7 +88,6 @@ def serve(options: argparse.Namespace) -> int:
     images = check("--max-images", options.max_images, Whole())
     limits = check("--max-queue", options.max_queue, Whole()), parse_bytes(options.max_body)
     fetch = partial(fetch_picture, hosts=check_hosts(options.allow_urls.split(",")))
-    image_cache = ImageCache(parse_bytes(options.image_cache))
     listener = listen(options.host, options.port)
     model = load_outline(options)
     model.need_tokenizer()
@@ -97,8 +95,7 @@ def serve(options: argparse.Namespace) -> int:
     capacity = slot_capacity(model.config, slots, length, None)
     if not force:
         model.room.check_slots(slots, length, capacity)
-    model.load_weights(force=force)
-    model.image_cache = image_cache
+    load_weights(model, options)
     engine = Engine(model, slots=slots, max_seq_len=length, compiled=options.compile, force=force)
     name = options.served_name or Path(options.model).resolve().name
     reader = Reader(model, name, base, length, {"max_images": images, "fetch": fetch})
